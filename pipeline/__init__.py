@@ -1,0 +1,1 @@
+"""From a corpus to deterministic batches: documents, tokens, shards, windows, order, loader."""

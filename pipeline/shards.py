@@ -1,0 +1,308 @@
+"""The shard: an uncompressed Arrow IPC file of tokenised documents, memory-mapped when read.
+
+A row is a document, or a part of a long one:
+
+    doc_id   string               its parts lie in one shard, one after the other
+    part     int32                0, 1, ...
+    tokens   large_list<uint8|uint16|int32>   stored ids, without special tokens
+    n_bytes  int64                of the text that the tokens decode to
+    n_words  int64                of that text; a word across two parts counts in the first
+
+eos is not stored: it comes from the borders of documents. Any Arrow reader opens the file.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.ipc
+
+from pipeline.errors import CorpusError
+from pipeline.files import replace_durably, temporary_name
+
+CHUNK_BYTES = 8 * 1024 * 1024
+"""A shard's checksums are of chunks of this length, the last one shorter."""
+
+# A record batch ends once it holds this much: small documents share one, and its 500 bytes of
+# metadata vanish; few enough that the writer's memory stays small.
+_BATCH_BYTES = 4 * 1024 * 1024
+_BATCH_ROWS = 16384
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the manifest says of one shard."""
+
+    path: str
+    """Relative to the corpus folder, with forward slashes."""
+    rows: int
+    documents: int
+    tokens: int
+    """Stored tokens, eos not counted."""
+    n_bytes: int
+    n_words: int
+    longest_document: int
+    """Tokens of the longest document."""
+    length: int
+    """Bytes of the file."""
+    sums: tuple[str, ...]
+    """SHA-256 of each chunk of `CHUNK_BYTES`."""
+
+
+class Row(NamedTuple):
+    """One row of a shard."""
+
+    doc_id: str
+    part: int
+    tokens: npt.NDArray
+    n_bytes: int
+    n_words: int
+
+
+def schema(dtype: np.dtype) -> pa.Schema:
+    """The columns of a shard whose stored ids have this type."""
+    item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
+    return pa.schema(
+        [
+            pa.field("doc_id", pa.string(), nullable=False),
+            pa.field("part", pa.int32(), nullable=False),
+            pa.field("tokens", pa.large_list(item), nullable=False),
+            pa.field("n_bytes", pa.int64(), nullable=False),
+            pa.field("n_words", pa.int64(), nullable=False),
+        ]
+    )
+
+
+class ShardWriter:
+    """Writes one shard so that it is there whole or not at all.
+
+    It grows under a temporary name of its own, so that two writers of one path never share a
+    file; `finish` makes it durable and gives it its name. The bytes depend only on the rows (and
+    the version of pyarrow).
+    """
+
+    def __init__(self, corpus: Path, path: str, dtype: np.dtype) -> None:
+        """Begin the shard at `path`, relative to the corpus folder; its folder must exist."""
+        self._path, self._target = path, corpus / path
+        self._temporary = temporary_name(self._target)
+        self._schema = schema(dtype)
+        self._rows: list[Row] = []
+        self._pending_bytes = 0
+        self._totals = {"rows": 0, "documents": 0, "tokens": 0, "n_bytes": 0, "n_words": 0}
+        self._document, self._longest = 0, 0  # tokens of the document being written, of the longest
+        self._file = _HashingFile(self._temporary)
+        self._stream = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self._schema)
+
+    def append(self, row: Row) -> None:
+        """Add a row; a document's parts follow one another."""
+        self._rows.append(row)
+        self._pending_bytes += row.tokens.nbytes
+        first = row.part == 0
+        self._document = len(row.tokens) + (0 if first else self._document)
+        self._longest = max(self._longest, self._document)
+        for name, count in (
+            ("rows", 1),
+            ("documents", int(first)),
+            ("tokens", len(row.tokens)),
+            ("n_bytes", row.n_bytes),
+            ("n_words", row.n_words),
+        ):
+            self._totals[name] += count
+        if self._pending_bytes >= _BATCH_BYTES or len(self._rows) >= _BATCH_ROWS:
+            self._flush()
+
+    def finish(self) -> Shard:
+        """Make the shard durable under its name, and describe it."""
+        self._flush()
+        self._stream.close()
+        self._file.finish()
+        replace_durably(self._temporary, self._target)
+        return Shard(
+            path=self._path,
+            longest_document=self._longest,
+            length=self._file.length,
+            sums=tuple(self._file.sums),
+            **self._totals,
+        )
+
+    def abort(self) -> None:
+        """Leave nothing behind; harmless after `finish`."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        rows, self._rows, self._pending_bytes = self._rows, [], 0
+        names = [row.doc_id.encode() for row in rows]
+        item = self._schema.field("tokens").type.value_type
+        tokens = _column(item, np.concatenate([row.tokens for row in rows]))
+        columns = [
+            pa.StringArray.from_buffers(
+                len(rows),
+                pa.py_buffer(_offsets(names, np.int32)),
+                pa.py_buffer(b"".join(names)),
+            ),
+            _column(pa.int32(), np.array([row.part for row in rows], np.int32)),
+            pa.LargeListArray.from_arrays(
+                _column(pa.int64(), _offsets([row.tokens for row in rows], np.int64)),
+                tokens,
+                type=self._schema.field("tokens").type,
+            ),
+            _column(pa.int64(), np.array([row.n_bytes for row in rows], np.int64)),
+            _column(pa.int64(), np.array([row.n_words for row in rows], np.int64)),
+        ]
+        self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+
+
+class ShardReader:
+    """A memory-mapped shard: its rows' borders, and copies of their tokens.
+
+    Opening checks the length, the schema and the counts against the manifest, which finds a file
+    that was cut short or replaced; `manifest.verify` finds a changed byte.
+    """
+
+    def __init__(self, corpus: Path, shard: Shard, dtype: np.dtype) -> None:
+        """Map the shard; raises `CorpusError` naming it where it is not what the manifest says."""
+        check_length(corpus, shard)
+        path = corpus / shard.path
+        try:
+            file = pa.ipc.open_file(pa.memory_map(str(path)))
+            if not file.schema.equals(schema(dtype)):
+                raise _damaged(path, f"its columns are not those of a shard of {dtype.name}")
+            batches = [file.get_batch(i) for i in range(file.num_record_batches)]
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _damaged(path, str(error).splitlines()[0]) from None
+        parts, lengths, begins, batch_of_row = [], [], [], []
+        # Without a copy: each batch's tokens stay where the file is mapped.
+        self._values: list[npt.NDArray] = []
+        for index, batch in enumerate(batches):
+            column = batch.column(2)
+            offsets = _view(column.offsets, np.dtype(np.int64))
+            self._values.append(_view(column.values, dtype))
+            parts.append(_view(batch.column(1), np.dtype(np.int32)))
+            lengths.append(np.diff(offsets))
+            begins.append(offsets[:-1])
+            batch_of_row.append(np.full(len(batch), index, np.int32))
+        self.lengths: npt.NDArray[np.int64] = _joined(lengths, np.int64)
+        """Tokens of each row [rows]."""
+        self.first_rows: npt.NDArray[np.int64] = np.flatnonzero(_joined(parts, np.int32) == 0)
+        """The row at which each document begins [documents]."""
+        self._begins = _joined(begins, np.int64)
+        self._batch_of_row = _joined(batch_of_row, np.int32)
+        counts = (len(self.lengths), len(self.first_rows), int(self.lengths.sum()))
+        expected = (shard.rows, shard.documents, shard.tokens)
+        if counts != expected:
+            raise _damaged(
+                path, f"(rows, documents, tokens) are {counts}, the manifest says {expected}"
+            )
+
+    def tokens(self, row: int) -> npt.NDArray:
+        """A view [tokens] of the stored ids of a row, where the file is mapped."""
+        begin = int(self._begins[row])
+        return self._values[self._batch_of_row[row]][begin : begin + int(self.lengths[row])]
+
+
+def check_length(corpus: Path, shard: Shard) -> None:
+    """Raise `CorpusError` if the shard's file is missing or not as long as it should be."""
+    path = corpus / shard.path
+    try:
+        length = path.stat().st_size
+    except FileNotFoundError:
+        raise _damaged(path, "the file is missing") from None
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read ({error.strerror})") from None
+    if length != shard.length:
+        raise _damaged(path, f"it has {length} bytes, the manifest says {shard.length}")
+
+
+def check_sums(corpus: Path, shard: Shard) -> None:
+    """Raise `CorpusError` naming the first chunk that is not what was written."""
+    check_length(corpus, shard)
+    path = corpus / shard.path
+    try:
+        with path.open("rb") as file:
+            for index, expected in enumerate(shard.sums):
+                if hashlib.sha256(file.read(CHUNK_BYTES)).hexdigest() != expected:
+                    begin = index * CHUNK_BYTES
+                    end = min(begin + CHUNK_BYTES, shard.length)
+                    raise _damaged(path, f"chunk {index} (bytes {begin} to {end}) was changed")
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+class _HashingFile:
+    """A new file that sums its chunks as they are written; what Arrow needs of a Python file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb", buffering=0)
+        self._digest = hashlib.sha256()
+        self.length = 0
+        self.sums: list[str] = []
+        self.closed = False
+
+    def write(self, data: bytes | pa.Buffer) -> int:
+        view = memoryview(data).cast("B")
+        at = 0
+        while at < len(view):
+            piece = view[at : at + CHUNK_BYTES - self.length % CHUNK_BYTES]
+            written = self._file.write(piece)
+            self._digest.update(piece[:written])
+            self.length += written
+            at += written
+            if self.length % CHUNK_BYTES == 0:
+                self._end_chunk()
+        return at
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def tell(self) -> int:
+        return self.length
+
+    def finish(self) -> None:
+        if self.length % CHUNK_BYTES:
+            self._end_chunk()
+        os.fsync(self._file.fileno())
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+        self.closed = True
+
+    def _end_chunk(self) -> None:
+        self.sums.append(self._digest.hexdigest())
+        self._digest = hashlib.sha256()
+
+
+def _column(kind: pa.DataType, values: npt.NDArray) -> pa.Array:
+    """The values where they are. `pa.array` would import pandas, which takes a second."""
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def _view(array: pa.Array, dtype: np.dtype) -> npt.NDArray:
+    """The values of an array without nulls, where they are; without pandas, as above."""
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
+
+
+def _offsets(values: Sequence[bytes] | Sequence[npt.NDArray], dtype: npt.DTypeLike) -> npt.NDArray:
+    """Where each value begins when they are joined, and the end: [values + 1]."""
+    offsets = np.zeros(len(values) + 1, dtype)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    return offsets
+
+
+def _joined(arrays: Sequence[npt.NDArray], dtype: npt.DTypeLike) -> npt.NDArray:
+    return np.concatenate([np.empty(0, dtype), *arrays])
+
+
+def _damaged(path: Path, what: str) -> CorpusError:
+    return CorpusError(
+        f"shard {path}: {what}; delete the file and run `tvq prepare` again with the same settings"
+    )

@@ -1,0 +1,154 @@
+"""Which files are documents, under which ids, and how long ones are cut."""
+
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import CorpusError
+from pipeline.sources import (
+    SourceSettings,
+    list_documents,
+    read_blocks,
+    read_parts,
+    standard_library,
+)
+
+
+def plant(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+
+
+def ids(*paths: Path, **settings: tuple[str, ...]) -> list[str]:
+    found = list_documents(SourceSettings(tuple(map(str, paths)), **settings))
+    return [document.id for document in found]
+
+
+def test_ids_are_relative_and_sorted(tmp_path):
+    plant(tmp_path, "b.txt", "a/z.txt", "a.txt", "Ärger und Öl.txt", "a b/c.txt")
+    assert ids(tmp_path) == sorted(["b.txt", "a/z.txt", "a.txt", "Ärger und Öl.txt", "a b/c.txt"])
+
+
+def test_what_is_always_left_out(tmp_path):
+    plant(
+        tmp_path,
+        "kept.txt",
+        ".hidden.txt",
+        ".git/config",
+        "x/__pycache__/m.pyc",
+        "corpus/.tvq-corpus",
+        "corpus/manifest.json",
+        "corpus/shards/x.arrow",
+    )
+    os.mkfifo(tmp_path / "pipe")
+    plant(tmp_path.parent / "elsewhere", "linked.txt")
+    (tmp_path / "folder").symlink_to(tmp_path.parent / "elsewhere")
+    (tmp_path / "link.txt").symlink_to(tmp_path.parent / "elsewhere" / "linked.txt")
+    assert ids(tmp_path) == ["kept.txt", "link.txt"]
+
+
+def test_a_named_file_is_taken_as_it_is(tmp_path):
+    plant(tmp_path, ".hidden.bin", "d/x.txt")
+    assert ids(tmp_path / ".hidden.bin", tmp_path / "d", include=("*.txt",)) == [
+        ".hidden.bin",
+        "x.txt",
+    ]
+
+
+TREE = ("a.txt", "b.md", "d/a.txt", "d/e/a.txt", "d/e/f.py", "test/a.txt", "d/test/b.txt", "[x].md")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "**/*",
+        "*",
+        "*.txt",
+        "**/*.txt",
+        "d/*",
+        "d/**/*.txt",
+        "**/test/*",
+        "?.md",
+        "[ab].*",
+        "[!a].*",
+    ],
+)
+def test_patterns_match_as_pathlib_does(tmp_path, pattern):
+    plant(tmp_path, *TREE)
+    expected = {
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.glob(pattern) if path.is_file()
+    }
+    assert set(ids(tmp_path, include=(pattern,))) == expected
+    assert (
+        set(ids(tmp_path / ".", exclude=(pattern,), include=("**/*", "*")))
+        == (set(TREE) - expected)
+        if expected != set(TREE)
+        else True
+    )
+
+
+def test_an_excluded_folder(tmp_path):
+    plant(tmp_path, *TREE)
+    assert ids(tmp_path, exclude=("**/test/**", "d/e/**")) == ["[x].md", "a.txt", "b.md", "d/a.txt"]
+
+
+def test_mistakes_are_named(tmp_path):
+    plant(tmp_path, "one/a.txt", "two/a.txt")
+    with pytest.raises(CorpusError, match="nowhere: no such file"):
+        ids(tmp_path / "nowhere")
+    with pytest.raises(CorpusError, match=r"no file matches in .*one: include is \*\.md"):
+        ids(tmp_path / "one", include=("*.md",))
+    with pytest.raises(CorpusError, match=r"two/a.txt and .*one/a.txt would both be .*'a.txt'"):
+        ids(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "one" / "broken").symlink_to("nothing")
+    with pytest.raises(CorpusError, match="broken: a link to nothing"):
+        ids(tmp_path / "one")
+    assert ids(tmp_path / "one", exclude=("broken",)) == ["a.txt"]
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    os.close(os.open(os.fsencode(tmp_path) + b"/bad\xff.txt", os.O_CREAT | os.O_WRONLY))
+    with pytest.raises(CorpusError, match=r"bad\\udcff.txt': the name is not valid UTF-8"):
+        ids(tmp_path)
+
+
+def test_the_standard_library_is_real_text():
+    found = list_documents(standard_library())
+    assert {"json/decoder.py", "os.py"} <= {document.id for document in found}
+    assert not any("/test/" in f"/{d.id}" or "site-packages" in d.id for d in found)
+    assert len(found) > 300
+
+
+@given(st.text("ab\né漢😀 ", max_size=60), st.integers(4, 20))
+def test_parts_of_text(tmp_path_factory, text, limit):
+    parts = read(tmp_path_factory, text.encode(), limit)
+    assert b"".join(parts) == text.encode()
+    for part, following in itertools.pairwise(parts):
+        part.decode()  # a part ends between two characters
+        assert len(part) <= limit
+        if not part.endswith(b"\n"):  # only where no newline would fit, and then as late as it can
+            assert b"\n" not in part
+            assert len(part) + len(following.decode()[0].encode()) > limit
+        elif len(following) < limit:  # the last newline that fits
+            fits = (part + following)[:limit]
+            assert fits.rfind(b"\n") + 1 == len(part)
+
+
+@given(st.binary(max_size=60), st.integers(1, 20))
+def test_parts_of_any_bytes(tmp_path_factory, data, limit):
+    parts = read(tmp_path_factory, data, limit)
+    assert b"".join(parts) == data
+    assert all(0 < len(part) <= limit for part in parts)
+
+
+def read(tmp_path_factory, data: bytes, limit: int) -> list[bytes]:
+    path = tmp_path_factory.getbasetemp() / "document"
+    path.write_bytes(data)
+    assert b"".join(read_blocks(str(path), limit)) == data
+    return list(read_parts(str(path), limit))
