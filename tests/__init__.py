@@ -1,1 +1,1 @@
-"""The tests, laid out like the packages. A package, so that no other `tests` on the path shadows it."""
+"""The tests, laid out like the packages; a package, so that no other `tests` shadows it."""

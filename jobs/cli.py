@@ -1,0 +1,340 @@
+"""The `tvq` command.
+
+Each command imports what it needs when it runs: `tvq --help` imports neither JAX, Ray nor MLflow.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jobs.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from jobs.console import Console
+
+ROOT_HELP = "Folder of the runs, with the MLflow store beside them (or set TVQ_ROOT)."
+
+
+class _Group(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order in which a user needs them
+
+
+def _root_option(command: Any) -> Any:
+    return click.option(
+        "--root",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=Path("runs"),
+        show_default=True,
+        envvar="TVQ_ROOT",
+        help=ROOT_HELP,
+    )(command)
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def _console(quiet: bool = False) -> "Console":
+    from jobs.console import Console
+
+    return Console(quiet=quiet or click.get_current_context().obj["quiet"])
+
+
+@click.group(
+    cls=_Group,
+    epilog="""\b
+Examples:
+  tvq demo                                          everything once, in five minutes
+  tvq prepare ~/books --output corpora/books        text files to a corpus
+  tvq train tiny data.corpus=corpora/books --run a  train; again: resume
+  tvq evaluate a && tvq sample a --prompt "Once"    how good is it, what does it write
+  tvq compare a b --png curves.png                  side by side
+  tvq ui                                            all of it in MLflow
+
+\b
+Exit codes: 0 done; 1 a defect of tvq, with its traceback; 2 bad input, one line says what to do;
+3 the run is busy; 4 the training failed; 130 stopped by Ctrl-C.""",
+)
+@click.option("--quiet", "-q", is_flag=True, help="Print results only.")
+@click.version_option(package_name="tvq")
+@click.pass_context
+def cli(ctx: click.Context, quiet: bool) -> None:
+    """Train, evaluate and compare linear-time Transformer-VQ language models.
+
+    A corpus is prepared once into Arrow shards; a recipe says everything about a training; a run
+    is a training under a name, tracked in MLflow and resumed by repeating its command.
+    """
+    ctx.obj = {"quiet": quiet}
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  tvq demo
+  tvq demo --corpus ~/notes"""
+)
+@click.option(
+    "--corpus",
+    "source",
+    type=click.Path(),
+    help="Your own text files; default: the standard library of this Python.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="Folder of everything that the demo makes.",
+)
+def demo(source: str | None, output: Path) -> None:
+    """Prepare, train (through a killed worker), evaluate, sample and compare, in five minutes."""
+    from jobs.demo import demo as run_demo
+
+    run_demo(source, output, _console())
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  tvq prepare ~/books --output corpora/books
+  tvq prepare ~/code --include '**/*.py' --exclude '**/tests/**' --output corpora/code
+  tvq prepare --stdlib --output corpora/python"""
+)
+@click.argument("sources", nargs=-1, type=click.Path())
+@click.option(
+    "--output",
+    "-o",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the corpus; holds nothing else.",
+)
+@click.option("--stdlib", is_flag=True, help="The sources of this Python's standard library.")
+@click.option("--include", multiple=True, help="Pattern of files to read (default: all).")
+@click.option("--exclude", multiple=True, help="Pattern of files to leave out.")
+@click.option(
+    "--validation", "validation_fraction", type=click.FloatRange(0, 1), default=0.05,
+    show_default=True, help="Share of the documents held out for validation.",
+)  # fmt: skip
+@click.option(
+    "--test", "test_fraction", type=click.FloatRange(0, 1), default=0.05,
+    show_default=True, help="Share of the documents held out for the test.",
+)  # fmt: skip
+@_json_option
+def prepare(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Turn text files into a corpus: Arrow shards of tokens and a manifest.
+
+    One file is one document. Which split a document falls into depends on its name only. Repeating
+    the command goes on where it was interrupted, and does nothing when nothing changed.
+    """
+    from jobs.prepare import prepare_command
+
+    prepare_command(sources, console=_console(as_json), as_json=as_json, **options)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  tvq train tiny data.corpus=corpora/books
+  tvq train tiny data.corpus=corpora/books training.steps=200 --run short
+  tvq train my-recipe.yaml cluster.workers=0        in this process, without Ray"""
+)
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1)
+@click.option("--run", "name", help="Name of the run; default: the recipe's.")
+@_root_option
+@_json_option
+def train(
+    recipe: str, overrides: tuple[str, ...], name: str | None, root: Path, as_json: bool
+) -> None:
+    """Train by RECIPE (a name that `tvq recipes` lists, or a .yaml file).
+
+    OVERRIDES are section.field=value; `tvq recipes --fields` explains every field. The same
+    command resumes the run after whatever ended it; a finished run is left as it is. Ctrl-C saves
+    and stops.
+    """
+    from jobs import recipe as recipes
+    from jobs.train import train as run_training
+
+    console = _console(as_json)
+    loaded = recipes.load(recipe, overrides)
+    trained = run_training(loaded, root=root, name=name or Path(recipe).stem, console=console)
+    if as_json:
+        console.json(
+            {
+                "run": trained.run.name,
+                "path": str(trained.run.path),
+                "update": trained.update,
+                "reused": trained.reused,
+            }
+        )
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  tvq evaluate tiny
+  tvq evaluate tiny --split test --json"""
+)
+@click.argument("run")
+@click.option(
+    "--split", type=click.Choice(["validation", "test"]), default="validation", show_default=True
+)
+@_root_option
+@_json_option
+def evaluate(run: str, split: str, root: Path, as_json: bool) -> None:
+    """Measure RUN's newest checkpoint on a held-out split, every token exactly once.
+
+    Next to its bits per byte stand gzip and xz on the same text. The figures are added to the
+    run in MLflow.
+    """
+    from jobs.evaluate import evaluate_command
+
+    evaluate_command(root, run, split, console=_console(as_json), as_json=as_json)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  tvq sample tiny --prompt "def main("
+  tvq sample tiny --tokens 500 --temperature 0.8 --top-p 0.95 --seed 7"""
+)
+@click.argument("run")
+@click.option("--prompt", default="", help="Text to go on from; default: the start of a document.")
+@click.option("--tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True)
+@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@_root_option
+@_json_option
+def sample(run: str, root: Path, as_json: bool, **options: Any) -> None:
+    """Let RUN's newest checkpoint write text. The same seed writes the same text."""
+    from jobs.sample import sample_command
+
+    sample_command(root, run, console=_console(as_json), as_json=as_json, **options)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  tvq compare tiny wider
+  tvq compare tiny wider --png curves.png --json"""
+)
+@click.argument("runs", nargs=-1, required=True)
+@click.option(
+    "--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the loss curves."
+)
+@_root_option
+@_json_option
+def compare(runs: tuple[str, ...], png: Path | None, root: Path, as_json: bool) -> None:
+    """Set RUNS side by side: what differs in their recipes, and how good they became."""
+    from jobs.compare import compare_command
+
+    compare_command(root, runs, png, console=_console(as_json), json=as_json)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  tvq ui
+  tvq ui --root demo/runs --port 5050"""
+)
+@click.option("--port", type=click.IntRange(1, 65535), help="Default: a free one, 5000 first.")
+@_root_option
+def ui(port: int | None, root: Path) -> None:
+    """Open the MLflow page with all runs under the root, until Ctrl-C."""
+    from jobs.ui import show_runs
+
+    show_runs(root, port, _console())
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  tvq recipes
+  tvq recipes tiny training.steps=200
+  tvq recipes --fields"""
+)
+@click.argument("name", required=False)
+@click.argument("overrides", nargs=-1)
+@click.option("--fields", is_flag=True, help="Explain every field of a recipe.")
+@_json_option
+def recipes(name: str | None, overrides: tuple[str, ...], fields: bool, as_json: bool) -> None:
+    """List the recipes, or print one with every field resolved."""
+    from jobs.recipe import field_reference, load, named_recipes, resolve, to_yaml
+
+    console = _console(as_json)
+    if fields:
+        rows = field_reference()
+        if as_json:
+            keys = ("field", "default", "operational", "description")
+            console.json([dict(zip(keys, row, strict=True)) for row in rows])
+            return
+        for field, default, operational, description in rows:
+            mark = " (operational)" if operational else ""
+            console.result(f"{field} = {'null' if default is None else default}{mark}")
+            console.result(f"    {description}")
+    elif name:
+        recipe = resolve(load(name, overrides))
+        console.result(to_yaml(recipe).rstrip())
+    elif as_json:
+        console.json(named_recipes())
+    else:
+        console.table(["recipe", "what it is"], list(named_recipes().items()))
+
+
+def main() -> None:
+    """Runs `tvq` and exits; a user's mistake is one line on stderr."""
+    sys.exit(run_cli(sys.argv[1:]))
+
+
+def run_cli(arguments: list[str]) -> int:
+    """Runs `tvq` with these arguments and returns its exit code."""
+    try:
+        _refuse_shadowed_packages()
+        cli.main(arguments, prog_name="tvq", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted; what was done is kept, the same command goes on", err=True)
+        return ExitCode.INTERRUPTED
+    except KeyboardInterrupt:
+        click.echo("interrupted; what was done is kept, the same command goes on", err=True)
+        return ExitCode.INTERRUPTED
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except click.ClickException as error:
+        error.show()
+        return ExitCode.USER
+    except UserError as error:
+        mark = "" if error.code is ExitCode.INTERRUPTED else "error: "
+        click.echo(f"{mark}{error}", err=True)
+        return error.code
+    except Exception as error:
+        if not _is_user_error(error):
+            raise
+        click.echo(f"error: {error}", err=True)
+        return ExitCode.USER
+    return ExitCode.OK
+
+
+def _is_user_error(error: Exception) -> bool:
+    from model.config import ConfigError
+    from pipeline.errors import CorpusError
+
+    return isinstance(error, ConfigError | CorpusError)
+
+
+def _refuse_shadowed_packages() -> None:
+    # `model`, `pipeline` and `jobs` are common names: another package of that name, earlier on the
+    # path, would be imported in place of ours.
+    import importlib.util
+
+    home = Path(__file__).resolve().parent.parent
+    for package in ("pipeline", "model", "jobs"):
+        spec = importlib.util.find_spec(package)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin != home / package / "__init__.py":
+            raise UserError(
+                f"package {package!r} is imported from {origin}, not from tvq in {home}; remove"
+                " that folder from PYTHONPATH or uninstall the other package"
+            )

@@ -1,0 +1,103 @@
+"""`tvq demo`: every stage once, on real text, with a worker killed half-way."""
+
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+
+from jobs import recipe as recipes
+from jobs import run_log
+from jobs.console import Console
+from jobs.metric_spool import MetricPoint
+from jobs.prepare import prepare_corpus
+from jobs.ray_session import ray_session
+from jobs.recipe import Recipe
+from jobs.run_directory import RunDirectory
+from jobs.train import newest_update, train
+from pipeline.sources import SourceSettings, standard_library
+
+FULL, WINDOW = "vq-cache", "window-only"
+"""The two runs: with the compressive cache, and with the local window alone."""
+
+
+def demo(source: str | None, output: Path, console: Console) -> None:
+    """Runs all stages; what an earlier demo in `output` finished is reused."""
+    from jobs.compare import compare_command
+    from jobs.evaluate import evaluate_command
+    from jobs.sample import sample_command
+    from pipeline.prepare import PrepareSettings
+
+    began = time.monotonic()
+    corpus, runs = output / "corpus", output / "runs"
+    with_cache = recipes.load("tiny", (f"data.corpus={corpus}",))
+    without = dataclasses.replace(
+        with_cache, model=dataclasses.replace(with_cache.model, compressive_cache=False)
+    )
+
+    # One Ray cluster for all stages: starting it takes longer than preparing the corpus.
+    with ray_session(None, cpus=with_cache.cluster.workers):
+        what = source or "the sources of this Python's standard library"
+        console.heading(f"prepare: {what}, as bytes, into Arrow shards (Ray Data)")
+        settings = PrepareSettings(
+            source=SourceSettings((source,)) if source else standard_library(),
+            shard_bytes=2 * 2**20,
+        )
+        prepare_corpus(settings, corpus, console)
+
+        console.heading(
+            f"train {FULL}: window and compressive cache, one worker is killed half-way"
+        )
+        _train_through_a_kill(with_cache, runs, console)
+
+        console.heading(f"train {WINDOW}: the same without the compressive cache")
+        train(without, root=runs, name=WINDOW, console=console)
+
+    for name in (FULL, WINDOW):
+        console.heading(f"evaluate {name}: the test split, which neither run has seen")
+        evaluate_command(runs, name, "test", console=console)
+
+    console.heading(f"sample {FULL}")
+    sample_command(
+        runs, FULL, prompt="def ", tokens=300, temperature=0.7, top_p=0.95, seed=0, console=console
+    )
+
+    console.heading(f"compare {FULL} {WINDOW}")
+    compare_command(runs, (FULL, WINDOW), output / "loss.png", console=console)
+
+    console.heading(f"done in {_minutes(time.monotonic() - began)}")
+    console.line(f"everything is in {output.absolute()}")
+    console.line(f"open MLflow with: tvq ui --root {_quoted(runs)}")
+
+
+def _train_through_a_kill(recipe: Recipe, root: Path, console: Console) -> None:
+    """Trains; once half the updates are made, kills the last worker with SIGKILL."""
+    run = RunDirectory.at(root.absolute(), FULL)
+    half = recipe.training.steps // 2
+    victim = f"rank-{recipe.cluster.workers - 1}"
+    killed = newest_update(run) >= half
+
+    def kill_at_half(points: list[MetricPoint]) -> None:
+        nonlocal killed
+        if killed or not points or points[-1].step < half or newest_update(run) == 0:
+            return
+        killed = True
+        started = run_log.events(run.logs, victim, "group start")[-1]
+        os.kill(started["worker_pid"], signal.SIGKILL)
+        console.line(
+            f"killed {victim} (process {started['worker_pid']}) with SIGKILL at update"
+            f" {points[-1].step}; Ray starts the workers again from the checkpoint at update"
+            f" {newest_update(run)}"
+        )
+
+    train(recipe, root=root, name=FULL, console=console, on_points=kill_at_half)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+
+
+def _quoted(path: Path) -> str:
+    import shlex
+
+    return shlex.quote(str(path))

@@ -1,0 +1,30 @@
+"""The errors that a user reads, and the exit codes that a script reads."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What `tvq` exits with; documented in `tvq --help`."""
+
+    OK = 0
+    INTERNAL = 1
+    """A defect of tvq: a traceback is shown."""
+    USER = 2
+    """Bad input: one line says what was expected and what fixes it; nothing was changed."""
+    BUSY = 3
+    """Another process holds the run."""
+    FAILED = 4
+    """The training failed, after its restarts; the same command goes on from its checkpoint."""
+    INTERRUPTED = 130
+    """Ctrl-C: what was done is kept and the same command goes on."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; its text is the whole message.
+
+    States what was wrong, where, what was expected, and the command or field that fixes it.
+    """
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.USER):
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,155 @@
+"""`tvq evaluate`: a run's newest checkpoint on a held-out split, every token exactly once."""
+
+import contextlib
+import functools
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jobs.console import Console
+from jobs.errors import UserError
+from jobs.run_directory import RunDirectory
+from jobs.trained_model import TrainedModel, load_trained_model
+from jobs.units import bits_per_byte
+from jobs.yardsticks import Yardsticks, yardsticks
+from pipeline.manifest import Manifest, Split
+
+BATCH_SIZE = 16
+"""Windows scored at a time: fixed, so that the figures do not depend on the machine."""
+
+
+class Evaluation(NamedTuple):
+    """The figures of one checkpoint on one split."""
+
+    update: int
+    windows: int
+    targets: int
+    """Tokens predicted: every token of the split and, in a stream, each document's eos, once."""
+    documents: int
+    n_bytes: int
+    nats_per_token: float
+    bits_per_byte: float
+    tokens_per_second: float
+    """Compilation left out."""
+
+
+def evaluate_command(
+    root: Path, name: str, split: str, *, console: Console, as_json: bool = False
+) -> Evaluation:
+    """Evaluates, prints, and adds the figures to the run in MLflow."""
+    run = RunDirectory.existing(root, name)
+    trained = load_trained_model(run)
+    corpus = Path(trained.recipe.data.corpus or "")
+    manifest = Manifest.load(corpus)
+    held_out = manifest.split(split)
+    if held_out.fingerprint != trained.fingerprints[split]:
+        raise UserError(
+            f"{corpus}: its {split} split is not the one that run {run.name} was begun with"
+            f" (fingerprint {held_out.fingerprint[:16]}, expected"
+            f" {trained.fingerprints[split][:16]}); prepare that corpus again"
+        )
+    figures = evaluate(trained, corpus, split, held_out, console)
+    yardstick = yardsticks(corpus, split)
+    _track(run, trained, split, figures, yardstick, console)
+    if as_json:
+        console.json(
+            {
+                "run": run.name,
+                "split": split,
+                **figures._asdict(),
+                "gzip_bits_per_byte": yardstick.gzip,
+                "xz_bits_per_byte": yardstick.xz,
+            }
+        )
+        return figures
+    console.line(
+        f"{run.name} at update {figures.update} on the {split} split: {figures.documents}"
+        f" documents, {figures.n_bytes:,} bytes, {figures.targets:,} targets in"
+        f" {figures.windows:,} windows, each target once, at"
+        f" {figures.tokens_per_second:,.0f} tokens/s"
+    )
+    console.table(
+        ["", "bits per byte"],
+        [
+            (f"{run.name}", f"{figures.bits_per_byte:.3f}"),
+            ("xz -9e", f"{yardstick.xz:.3f}"),
+            ("gzip -9", f"{yardstick.gzip:.3f}"),
+        ],
+    )
+    return figures
+
+
+def evaluate(
+    trained: TrainedModel, corpus: Path, split: str, held_out: Split, console: Console
+) -> Evaluation:
+    """Scores every window of a split, from an empty cache each, summed in their order."""
+    import jax
+
+    from model.training import evaluation_step
+    from pipeline.loader import evaluation_batches
+
+    recipe = trained.recipe
+    step = jax.jit(functools.partial(evaluation_step, recipe.model))
+    expected = held_out.tokens + (held_out.documents if recipe.data.window == "stream" else 0)
+    nats, targets, windows = 0.0, 0, 0
+    began, scored = None, 0
+    batches = evaluation_batches(
+        corpus,
+        split,
+        sequence_length=recipe.data.sequence_length,
+        batch_size=BATCH_SIZE,
+        window=recipe.data.window,
+    )
+    with contextlib.closing(batches), console.progress("token", expected) as progress:
+        for batch in batches:
+            scores = jax.device_get(step(trained.params, trained.codebooks, batch))
+            now = time.monotonic()
+            began, scored = (now, 0) if began is None else (began, scored + batch.loss_mask.sum())
+            nats += float(np.sum(scores, dtype=np.float64))
+            targets += int(batch.loss_mask.sum())
+            windows += int((batch.rows >= 0).sum())
+            progress.update(targets, tokens_per_second=scored / max(now - began, 1e-9) or None)
+        elapsed = time.monotonic() - (began or 0)
+    if targets != expected:
+        raise RuntimeError(f"covered {targets} targets of the {split} split's {expected}")
+    return Evaluation(
+        update=trained.update,
+        windows=windows,
+        targets=targets,
+        documents=held_out.documents,
+        n_bytes=held_out.n_bytes,
+        nats_per_token=nats / targets,
+        bits_per_byte=bits_per_byte(nats / targets, held_out, recipe.data.window),
+        tokens_per_second=scored / max(elapsed, 1e-9),
+    )
+
+
+def _track(
+    run: RunDirectory,
+    trained: TrainedModel,
+    split: str,
+    figures: Evaluation,
+    yardstick: Yardsticks,
+    console: Console,
+) -> None:
+    from jobs.tracking.reading import add_to_run
+    from jobs.train import store_of
+
+    record = run.record()
+    if record is None or record.mlflow_run_id is None:
+        console.warning(f"run {run.name} has no MLflow run; the figures are printed only")
+        return
+    values = {
+        f"{split}/loss_nats_per_token": figures.nats_per_token,
+        f"{split}/bits_per_byte": figures.bits_per_byte,
+        f"{split}/xz_bits_per_byte": yardstick.xz,
+        f"{split}/gzip_bits_per_byte": yardstick.gzip,
+    }
+    try:
+        add_to_run(
+            store_of(trained.recipe, run.root).uri, record.mlflow_run_id, values, figures.update
+        )
+    except UserError as error:  # the figures stand, whatever the tracking server does
+        console.warning(f"the figures are not in MLflow: {error}")

@@ -1,0 +1,182 @@
+"""Metric points on disk between the training, which writes them, and the tracker, which sends them.
+
+Rank 0 of the training writes numbered segments `<run>/metrics/00000001.jsonl`; the driver reads
+them in order, sends them and acknowledges each. What is not acknowledged stays, so that neither a
+dead driver nor a dead tracking server loses a point.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+_SEGMENT = re.compile(r"(\d{8,})\.jsonl")
+_TEMPORARY = ".writing-*.jsonl"
+_ACKNOWLEDGED = "acknowledged"
+
+
+class MetricPoint(NamedTuple):
+    """The metrics of one update, or of an evaluation after it."""
+
+    step: int
+    """The update, counted over the whole training: MLflow's step."""
+    tokens: int
+    """Unmasked target tokens trained on up to this update."""
+    time_ms: int
+    """Unix time of the measurement, milliseconds."""
+    values: dict[str, float]
+    """By metric name, with its unit (`train/loss_nats_per_token`); may be NaN or infinite."""
+
+
+class Segment(NamedTuple):
+    """What could be read of one segment file."""
+
+    points: list[MetricPoint]
+    damage: str | None
+    """None, or one line that names the file and its first line that is no metric point."""
+
+
+class MetricSpool:
+    """Writer of a spool. One process writes at a time.
+
+    Policy: `append` only fills memory and does no I/O, but for the first call after `flush_seconds`
+    (1 s) since the last flush, which flushes. The training loop also flushes before every
+    checkpoint commit and at its end. So a kill loses at most the last second of points, all of them
+    later than the last checkpoint, and the resumed training repeats those updates.
+
+    A segment is written under a temporary name and appears whole under its number, never over
+    another one. Numbers go on after the highest that exists or was acknowledged. A segment is not
+    synced to the device: it outlives any death of the process, not a power cut.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        flush_seconds: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Opens the spool in `folder`, which is made if need be.
+
+        A predecessor's unfinished files are removed: they never were part of the spool.
+        """
+        self._folder = folder
+        self._flush_seconds = flush_seconds
+        self._clock = clock
+        self._pending: list[MetricPoint] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob(_TEMPORARY):
+            unfinished.unlink(missing_ok=True)
+        self._next = last_number(folder) + 1
+        self._flushed_at = clock()
+
+    def append(self, point: MetricPoint) -> None:
+        """Adds a point. The steps of one metric must not decrease within a training."""
+        self._pending.append(point)
+        if self._clock() - self._flushed_at >= self._flush_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the pending points as the next segment; does nothing if there are none."""
+        self._flushed_at = self._clock()
+        if not self._pending:
+            return
+        temporary = self._folder / _TEMPORARY.replace("*", str(os.getpid()))
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(_encode(point) for point in self._pending)
+        while not _publish(temporary, self._folder / f"{self._next:08d}.jsonl"):
+            self._next += 1
+        self._next += 1
+        self._pending.clear()
+
+
+def segments(folder: Path) -> list[Path]:
+    """The segments in `folder`, oldest first. Files of other names are ignored."""
+    try:
+        found = [path for path in folder.iterdir() if _SEGMENT.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+    return sorted(found, key=segment_number)
+
+
+def segment_number(path: Path) -> int:
+    """The number of a segment that `segments` named."""
+    return int(path.stem)
+
+
+def last_number(folder: Path) -> int:
+    """The highest number given so far in `folder`, acknowledged segments included; 0 if none."""
+    try:
+        acknowledged = int((folder / _ACKNOWLEDGED).read_text(encoding="ascii"))
+    except (FileNotFoundError, ValueError):
+        acknowledged = 0
+    return max([acknowledged, *map(segment_number, segments(folder))])
+
+
+def read_segment(path: Path) -> Segment:
+    """Reads a segment. Lines that are no metric point are left out and the first is named."""
+    points: list[MetricPoint] = []
+    damage = None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            points.append(_decode(line))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            damage = damage or f"{path}, line {number}: not a metric point: {line[:60]!r}"
+    if not lines:
+        damage = f"{path}: empty, expected at least one metric point"
+    return Segment(points, damage)
+
+
+def acknowledge(path: Path, *, damaged: bool = False) -> None:
+    """Takes a segment out of the spool, once the tracker has stored its points.
+
+    Its number is noted first, so that a writer that starts later does not give it again. A damaged
+    segment is kept beside the spool as `<number>.jsonl.damaged`.
+    """
+    note = path.with_name(_ACKNOWLEDGED)
+    temporary = path.with_name(_ACKNOWLEDGED + ".new")
+    temporary.write_text(str(segment_number(path)), encoding="ascii")
+    temporary.replace(note)
+    if damaged:
+        path.replace(path.with_name(path.name + ".damaged"))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _encode(point: MetricPoint) -> str:
+    # The json module writes and reads NaN, Infinity and -Infinity, but takes no numpy scalars.
+    fields = {
+        "step": int(point.step),
+        "tokens": int(point.tokens),
+        "time_ms": int(point.time_ms),
+        "values": {name: float(value) for name, value in point.values.items()},
+    }
+    return json.dumps(fields) + "\n"
+
+
+def _decode(line: str) -> MetricPoint:
+    fields = json.loads(line)
+    values = {str(name): float(value) for name, value in fields["values"].items()}
+    return MetricPoint(int(fields["step"]), int(fields["tokens"]), int(fields["time_ms"]), values)
+
+
+def _publish(temporary: Path, path: Path) -> bool:
+    """Moves `temporary` to `path`; False if `path` exists.
+
+    A hard link is an exclusive create, so that not even a worker group that should be dead can
+    overwrite a segment. File systems without hard links get a plain rename.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        if path.exists():
+            return False
+        temporary.replace(path)
+        return True
+    temporary.unlink()
+    return True

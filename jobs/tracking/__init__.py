@@ -1,0 +1,1 @@
+"""MLflow: one training is one run, whatever restarts. The only package that imports MLflow."""

@@ -1,0 +1,233 @@
+"""An MLflow run as the destination of a `Delivery`."""
+
+import contextlib
+import functools
+import getpass
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.tracking.delivery import Measurement, Refusal
+from jobs.tracking.store import Store, one_process_creates, reason, without_credentials
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+RUN_KEY_TAG = "tvq.run_key"
+_PARAMETERS_PER_CALL = 100
+
+
+class MlflowRun:
+    """An MLflow run as the destination of a `Delivery`. Used by its sender thread only."""
+
+    def __init__(
+        self, store: Store, experiment: str, run_name: str, run_key: str, run_id: str | None
+    ) -> None:
+        self.name = without_credentials(store.uri)
+        self._store = store
+        self._experiment = experiment
+        self._run_name = run_name
+        self._run_key = run_key
+        self.run_id = run_id or ""
+        self.experiment_id = ""
+
+    @functools.cached_property
+    def _client(self) -> "MlflowClient":
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=self._store.uri)
+
+    def open(self) -> dict[str, int]:
+        with _plain_errors(), one_process_creates(self._store.uri):
+            experiment_id = self._find_or_create_experiment()
+            run = self._find_or_create_run(experiment_id)
+        self.run_id = run.info.run_id
+        self.experiment_id = run.info.experiment_id
+        # RunData.metrics has no steps; its message form has.
+        return {metric.key: metric.step for metric in run.data.to_proto().metrics}
+
+    def send(self, measurements: list[Measurement]) -> dict[str, str]:
+        """One call; if MLflow refuses it, one call a name, to leave out only what it refuses.
+
+        A call whose acknowledgement was lost is repeated with the same timestamps: MLflow stores
+        equal rows once.
+        """
+        with contextlib.suppress(Refusal):
+            self._log(measurements)
+            return {}
+        refused = {}
+        for name in dict.fromkeys(one.name for one in measurements):
+            try:
+                self._log([one for one in measurements if one.name == name])
+            except Refusal as refusal:
+                refused[name] = str(refusal)
+        return refused
+
+    def end(self, status: str) -> None:
+        with _plain_errors():
+            self._client.set_terminated(self.run_id, status)
+
+    @contextlib.contextmanager
+    def answers(self) -> Iterator[None]:
+        """Turns MLflow's answer "never" into a Refusal and any other error into a _StoreError."""
+        with _plain_errors():
+            try:
+                with _plain_errors():
+                    yield
+            except Refusal:
+                # Everything is refused for a deleted run; nothing is dropped for that.
+                if self._client.get_run(self.run_id).info.lifecycle_stage == "deleted":
+                    raise _StoreError(f"run {self.run_id} was deleted in MLflow") from None
+                raise
+
+    def log_parameters(self, parameters: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        known = self._client.get_run(self.run_id).data.params
+        new = [Param(name, value) for name, value in parameters.items() if name not in known]
+        for begin in range(0, len(new), _PARAMETERS_PER_CALL):
+            self._client.log_batch(self.run_id, params=new[begin : begin + _PARAMETERS_PER_CALL])
+        changed = [
+            f"{name}={value} (was {known[name]})"
+            for name, value in parameters.items()
+            if known.get(name, value) != value
+        ]
+        if changed:
+            self._client.set_tag(self.run_id, "tvq.changed_on_resume", ", ".join(changed))
+
+    def log_dataset(self, fields: dict[str, str], context: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        tags = [InputTag("mlflow.data.context", context)]
+        self._client.log_inputs(self.run_id, [DatasetInput(Dataset(**fields), tags)])
+
+    def log_missing(self, measurements: list[Measurement]) -> None:
+        self._log([one for one in measurements if self._stored(one) is None])
+
+    def log_artifact(self, name: str, content: bytes) -> None:
+        folder, _, file_name = name.rpartition("/")
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / file_name
+            path.write_bytes(content)
+            self._client.log_artifact(self.run_id, str(path), folder or None)
+
+    def log_checkpoint(self, update: int, uri: str, metrics: list[Measurement]) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        client, name = self._client, f"{self._run_name}-{update:08d}"
+        found = client.search_logged_models(
+            [self.experiment_id], f"source_run_id = '{self.run_id}' AND name = '{name}'"
+        )
+        model = (
+            found[0]
+            if found
+            else client.create_logged_model(
+                self.experiment_id,
+                name=name,
+                source_run_id=self.run_id,
+                tags={"tvq.checkpoint_uri": without_credentials(uri), "tvq.update": str(update)},
+                model_type="transformer-vq",
+            )
+        )
+        linked = {(metric.key, metric.step) for metric in model.metrics or []}
+        # A metric that the run holds keeps its timestamp: MLflow then finds the run's row there and
+        # stores it for the model only, so the run's history gets no second point at that step.
+        new = [self._stored(one) or one for one in metrics if (one.name, update) not in linked]
+        self._log(new, model.model_id)
+        client.finalize_logged_model(model.model_id, "READY")
+        outputs = client.get_run(self.run_id).outputs
+        if model.model_id not in {
+            one.model_id for one in (outputs.model_outputs if outputs else ())
+        }:
+            client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, update)])
+
+    def _log(self, measurements: list[Measurement], model_id: str | None = None) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(one.name, one.value, one.time_ms, one.step, model_id=model_id)
+            for one in measurements
+        ]
+        if metrics:
+            with self.answers():
+                self._client.log_batch(self.run_id, metrics=metrics)
+
+    def _stored(self, wanted: Measurement) -> Measurement | None:
+        """`wanted` as the run holds it, with its timestamp, if it does; NaN equals NaN."""
+        for metric in self._client.get_metric_history(self.run_id, wanted.name):
+            if metric.step == wanted.step and repr(metric.value) == repr(wanted.value):
+                return wanted._replace(time_ms=metric.timestamp)
+        return None
+
+    def _find_or_create_experiment(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(self._experiment)
+        if found is None:
+            try:
+                return self._client.create_experiment(
+                    self._experiment,
+                    self._store.artifact_location,
+                    tags={"mlflow.experimentKind": "custom_model_development"},
+                )
+            except MlflowException as error:
+                found = self._client.get_experiment_by_name(self._experiment)
+                if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return found.experiment_id
+
+    def _find_or_create_run(self, experiment_id: str) -> "Run":
+        from mlflow.entities import ViewType
+        from mlflow.exceptions import MlflowException
+
+        run = None
+        if self.run_id:
+            try:
+                run = self._client.get_run(self.run_id)
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+        if run is None:
+            found = self._client.search_runs(
+                [experiment_id],
+                f"tags.`{RUN_KEY_TAG}` = '{self._run_key}'",
+                run_view_type=ViewType.ALL,
+                max_results=1,
+                order_by=["attributes.start_time ASC"],
+            )
+            run = found[0] if found else None
+        if run is None:
+            tags = {
+                RUN_KEY_TAG: self._run_key,
+                "mlflow.source.name": "tvq",
+                "mlflow.source.type": "LOCAL",
+            }
+            with contextlib.suppress(KeyError, OSError):  # No such user in this container.
+                tags["mlflow.user"] = getpass.getuser()
+            return self._client.create_run(experiment_id, tags=tags, run_name=self._run_name)
+        if run.info.lifecycle_stage == "deleted":
+            self._client.restore_run(run.info.run_id)
+        if run.info.status != "RUNNING":
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        return run
+
+
+class _StoreError(Exception):
+    """What MLflow or the way to it failed with, as one line without credentials."""
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turns MLflow's answer "never" into a Refusal and every other error into a _StoreError."""
+    try:
+        yield
+    except (Refusal, _StoreError):
+        raise
+    except Exception as error:
+        # Only this code: MLflow answers BAD_REQUEST to errors of its database too, which pass.
+        refused = getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
+        raise (Refusal if refused else _StoreError)(reason(error)) from error

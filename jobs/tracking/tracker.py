@@ -1,0 +1,196 @@
+"""The training's side of tracking: what it hands in, none of which ever fails or waits."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from jobs.metric_spool import MetricPoint
+from jobs.tracking.delivery import Delivery, Measurement
+from jobs.tracking.mlflow_run import MlflowRun
+from jobs.tracking.store import Store, load, reason, without_credentials
+
+_LONGEST_PARAMETER = 500
+_LONGEST_DIGEST = 36
+_logger = logging.getLogger("tvq.tracking")
+
+Scalar = str | int | float | bool | None
+
+
+class Tracker:
+    """One training in MLflow.
+
+    Nothing here raises into training or waits for the store, except `wait_for_run` and `finish`,
+    which have limits. How calls and points reach the store, and what happens while it is down, is
+    the policy of `jobs.tracking.delivery.Delivery`.
+    """
+
+    def __init__(self, run: MlflowRun, delivery: Delivery, say: Callable[[str], None]) -> None:
+        """Use `Tracker.start`."""
+        self._run = run
+        self._delivery = delivery
+        self._say = say
+
+    @classmethod
+    def start(
+        cls,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        run_key: str,
+        run_id: str | None = None,
+        *,
+        artifact_location: str | None = None,
+        say: Callable[[str], None] = _logger.warning,
+    ) -> Self:
+        """Begins or continues the MLflow run of one training.
+
+        Takes the run `run_id` if it exists, else the one tagged with `run_key`, else creates it.
+        Imports MLflow in the calling thread, so that no two threads import it or pandas at once,
+        then returns; the store is opened in the background. `say` gets the one-line messages.
+        """
+        run = MlflowRun(Store(uri, artifact_location), experiment, run_name, run_key, run_id)
+
+        def speak(message: str) -> None:
+            say(f"tracking: {message}")
+
+        delivery = Delivery(run, speak)
+        try:
+            load()
+        except Exception as error:
+            speak(f"off, MLflow cannot be imported ({reason(error)})")
+        else:
+            delivery.start()
+        return cls(run, delivery, speak)
+
+    def wait_for_run(self, timeout_s: float = 60.0) -> str | None:
+        """The MLflow run id, waiting until the store has answered; None if it did not in time."""
+        return self._run.run_id if self._delivery.wait_until_open(timeout_s) else None
+
+    @property
+    def experiment_id(self) -> str | None:
+        """The MLflow experiment's id; None until the store has answered."""
+        return self._run.experiment_id or None
+
+    def attach_spool(self, folder: Path, on_points: Callable[[list[MetricPoint]], None]) -> None:
+        """Sends what appears in the spool `folder`, and calls `on_points` with it at once.
+
+        `on_points` is called from a thread, within 0.5 s of a flush, whether the store answers or
+        not, and also with points that an earlier start left unsent.
+        """
+        self._delivery.attach(folder, on_points)
+
+    def detach_spool(self) -> None:
+        """No more points will come: returns once all of them were given to `on_points`."""
+        self._delivery.detach()
+
+    def log_recipe(
+        self, parameters: Mapping[str, Any], resolved_yaml: str, difference: str
+    ) -> None:
+        """Stores the recipe: nested parameters flattened to `a.b`, and both texts as artifacts.
+
+        A value over 500 characters is cut in the parameter and kept whole in
+        `recipe/long_parameters.json`. On resume, parameters that differ from the first start's
+        (MLflow's are immutable) are noted in the tag `tvq.changed_on_resume`.
+        """
+        flat = flatten(parameters)
+        long = {name: value for name, value in flat.items() if len(value) > _LONGEST_PARAMETER}
+        for name, value in long.items():
+            flat[name] = value[: _LONGEST_PARAMETER - 3] + "..."
+        self._queue("the parameters", lambda: self._run.log_parameters(flat))
+        self.log_text("recipe/recipe.yaml", resolved_yaml)
+        self.log_text("recipe/difference_from_defaults.yaml", difference)
+        if long:
+            self.log_text("recipe/long_parameters.json", json.dumps(long, indent=2))
+
+    def log_corpus(
+        self,
+        name: str,
+        digest: str,
+        source: str,
+        profile: Mapping[str, Scalar],
+        schema: Mapping[str, str],
+        context: str = "training",
+    ) -> None:
+        """Stores a corpus split as dataset input of the run; the same one again changes nothing.
+
+        Args:
+            name: as shown in MLflow.
+            digest: fingerprint; MLflow takes 36 characters, the whole one goes into the profile.
+            source: path or URL.
+            profile: counts (documents, tokens, bytes).
+            schema: MLflow type by column, as `{"tokens": "integer"}`.
+            context: what the run used it for.
+        """
+        columns = [{"name": key, "type": kind, "required": True} for key, kind in schema.items()]
+        fields = {
+            "name": name,
+            "digest": digest[:_LONGEST_DIGEST],
+            "source_type": "url" if "://" in source else "local",
+            "source": json.dumps({"uri": without_credentials(source)}),
+            "schema": json.dumps({"mlflow_colspec": columns}),
+            "profile": json.dumps({"fingerprint": digest, **profile}),
+        }
+        self._queue(f"corpus {name}", lambda: self._run.log_dataset(fields, context))
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Stores metrics of the driver's own; a value already stored at that step is not repeated.
+
+        Steps may come in any order, but a name must not also come through the spool.
+        """
+        time_ms = time.time_ns() // 1_000_000
+        new = [Measurement(name, float(value), time_ms, step) for name, value in values.items()]
+        self._queue("metrics", lambda: self._run.log_missing(new))
+
+    def log_text(self, name: str, text: str) -> None:
+        """Stores a text as artifact `name`, over an earlier one."""
+        self._queue(name, lambda: self._run.log_artifact(name, text.encode()))
+
+    def log_figure(self, name: str, png_path: Path) -> None:
+        """Stores a PNG as it is now as artifact `name` (`figures/loss.png`)."""
+        try:
+            content = png_path.read_bytes()
+        except OSError as error:
+            self._say(f"{name} is left out: {reason(error)}")
+        else:
+            self._queue(name, lambda: self._run.log_artifact(name, content))
+
+    def log_checkpoint(self, update: int, uri: str, metrics: Mapping[str, float]) -> None:
+        """Stores a checkpoint as LoggedModel, by reference: its URI, its update, its metrics.
+
+        Metrics that the run already holds at that update are linked, not repeated. The same update
+        again adds what is missing and nothing twice.
+        """
+        time_ms = time.time_ns() // 1_000_000
+        held = [Measurement(name, float(value), time_ms, update) for name, value in metrics.items()]
+        self._queue(f"checkpoint {update}", lambda: self._run.log_checkpoint(update, uri, held))
+
+    def finish(self, status: str, limit_s: float = 60.0) -> bool:
+        """Sends what is left, then ends the run as FINISHED, FAILED or KILLED.
+
+        Returns whether all was sent within `limit_s`; if not, says so, and the metrics wait in the
+        spool for the next start of the run.
+        """
+        return self._delivery.finish(status, limit_s)
+
+    def _queue(self, what: str, send: Callable[[], None]) -> None:
+        def send_plainly() -> None:
+            with self._run.answers():
+                send()
+
+        self._delivery.queue(what, send_plainly)
+
+
+def flatten(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """`{"a": {"b": 1e-4}}` as `{"a.b": "0.0001"}`; null, true and false as YAML writes them."""
+    flat: dict[str, str] = {}
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        elif value is None or isinstance(value, bool):
+            flat[prefix + name] = "null" if value is None else str(value).lower()
+        else:
+            flat[prefix + name] = str(value)
+    return flat

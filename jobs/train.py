@@ -1,0 +1,294 @@
+"""`tvq train`: begins a run, or goes on with it, and tracks it to its end."""
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from jobs import recipe as recipes
+from jobs import run_log
+from jobs.checkpoint_manifest import checkpoint_folder, complete_checkpoints
+from jobs.console import Console
+from jobs.errors import ExitCode, UserError
+from jobs.metric_spool import MetricPoint
+from jobs.recipe import Recipe
+from jobs.run_directory import Lease, RunDirectory, RunRecord
+from jobs.tracking.store import Store, embedded_store
+from jobs.tracking.tracker import Tracker
+from jobs.trainer import run_loop
+from model.config import flops_per_token, parameter_count
+from pipeline.manifest import Manifest
+from pipeline.shards import check_length
+
+if TYPE_CHECKING:
+    from jobs.loop import Outcome
+
+
+class Trained(NamedTuple):
+    """What a training left behind."""
+
+    run: RunDirectory
+    update: int
+    """Its last update, which is in a checkpoint."""
+    reused: bool
+    """Whether the run had finished before and nothing was done."""
+
+
+def train(
+    recipe: Recipe,
+    *,
+    root: Path,
+    name: str,
+    console: Console,
+    on_points: Callable[[list[MetricPoint]], None] | None = None,
+) -> Trained:
+    """Trains run `name` by `recipe` to its last update, from its newest checkpoint if it has one.
+
+    Args:
+        recipe: as loaded; what it leaves open is resolved here.
+        root: folder of the runs.
+        name: of the run.
+        console: to narrate on.
+        on_points: is given the metric points as they arrive, in another thread.
+
+    Raises:
+        UserError: a mistake to mend, a run that another process holds, a training that failed, or
+            one that was stopped by Ctrl-C (saved; the same command goes on).
+    """
+    corpus, manifest = _corpus_of(recipe)
+    # An absolute path: workers and a later start need not share our working folder.
+    recipe = replace(recipe, data=replace(recipe.data, corpus=str(corpus)))
+    run = RunDirectory.at(root.absolute(), name)
+    recipe, record = _begin_or_resume(run, recipe, manifest)
+    _narrate(console, run, recipe, manifest)
+
+    done = newest_update(run)
+    if done >= recipe.training.steps:
+        console.line(f"already finished at update {done}; nothing to do (longer: training.steps=N)")
+        return Trained(run, done, reused=True)
+    if done:
+        console.line(f"resuming from the checkpoint at update {done}")
+
+    with Lease(run).held() as lease:
+        run_log.open_log(run.logs, "driver")
+        store = store_of(recipe, run.root)
+        tracker = Tracker.start(
+            store.uri,
+            recipe.tracking.experiment,
+            name,
+            record.run_key,
+            record.mlflow_run_id,
+            artifact_location=store.artifact_location,
+            say=console.warning,
+        )
+        run.request_stop(False)
+        status = "FAILED"
+        try:
+            tracker.log_recipe(
+                recipes.flatten(recipe),
+                recipes.to_yaml(recipe),
+                "\n".join(recipes.difference(recipe, Recipe())) + "\n",
+            )
+            _log_corpus(tracker, corpus, manifest)
+            outcome = _supervise(run, recipe, lease, tracker, console, on_points)
+            status = "KILLED" if outcome.stopped else "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            if run_id := tracker.wait_for_run():
+                run.store_mlflow_run_id(run_id)
+            tracker.finish(status)
+            run.request_stop(False)
+            run_log.close_log()
+    if outcome.stopped:
+        raise UserError(
+            f"run {name}: stopped at update {outcome.update}, which is saved; the same command goes"
+            " on from there",
+            ExitCode.INTERRUPTED,
+        )
+    console.line(f"trained to update {outcome.update}; checkpoints in {run.checkpoints}")
+    return Trained(run, outcome.update, reused=False)
+
+
+def store_of(recipe: Recipe, root: Path) -> Store:
+    """Where MLflow is: the recipe's URI, the environment's, else a SQLite file beside the runs."""
+    uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return Store(uri) if uri else embedded_store(root)
+
+
+def newest_update(run: RunDirectory) -> int:
+    """The update of the run's newest complete checkpoint; 0 if there is none."""
+    return max((manifest.update for manifest in complete_checkpoints(run)), default=0)
+
+
+def _corpus_of(recipe: Recipe) -> tuple[Path, Manifest]:
+    if not recipe.data.corpus:
+        raise UserError(
+            "data.corpus: no corpus given; make one with `tvq prepare FOLDER --output corpus` and"
+            " add data.corpus=corpus"
+        )
+    corpus = Path(recipe.data.corpus).absolute()
+    manifest = Manifest.load(corpus)
+    vocabulary = manifest.tokenizer.vocab_size
+    if recipe.model.vocab_size != vocabulary:
+        raise UserError(
+            f"model.vocab_size: is {recipe.model.vocab_size}, but the tokenizer of {corpus}"
+            f" ({manifest.tokenizer.kind}) has {vocabulary} ids; set model.vocab_size={vocabulary}"
+        )
+    for split in ("train", "validation"):
+        for shard in manifest.split(split).shards:
+            check_length(corpus, shard)
+    return corpus, manifest
+
+
+def _begin_or_resume(
+    run: RunDirectory, recipe: Recipe, manifest: Manifest
+) -> tuple[Recipe, RunRecord]:
+    """The recipe to train by, and who the run is.
+
+    On resume the stored mathematical fields must be the same; operational ones may change.
+    """
+    fingerprints = {name: split.fingerprint for name, split in manifest.splits.items()}
+    stored = None
+    if run.record():
+        stored = recipes.from_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))
+    recipe = recipes.resolve(recipe, stored)
+    if stored and (changes := recipes.difference(recipe, stored, mathematical_only=True)):
+        raise UserError(
+            f"run {run.name}: exists with other mathematics; asked for (and stored):"
+            f" {'; '.join(changes)}. Give the stored values to resume it, or choose another name"
+            " with --run"
+        )
+    record = run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe))
+    for split in ("train", "validation"):
+        if record.fingerprints[split] != fingerprints[split]:
+            raise UserError(
+                f"run {run.name}: was begun on another corpus: the {split} split there has"
+                f" fingerprint {record.fingerprints[split][:16]}, here"
+                f" {fingerprints[split][:16]}; give that corpus to resume it, or choose another"
+                " name with --run"
+            )
+    return recipe, record
+
+
+def _narrate(console: Console, run: RunDirectory, recipe: Recipe, manifest: Manifest) -> None:
+    count = parameter_count(recipe.model)
+    train_split = manifest.splits["train"]
+    batch_tokens = recipe.training.batch_size * recipe.data.sequence_length
+    where = f"{recipe.cluster.workers} Ray workers" if recipe.cluster.workers else "this process"
+    console.line(f"run       {run.path}")
+    console.line(
+        f"model     {count.trained:,} parameters + {count.codebook:,} in codebooks,"
+        f" {flops_per_token(recipe.model) / 1e6:,.1f} MFLOP a token"
+    )
+    console.line(
+        f"data      {train_split.tokens:,} tokens of {train_split.documents:,} documents,"
+        f" fingerprint {train_split.fingerprint[:16]}"
+    )
+    console.line(
+        f"training  {recipe.training.steps:,} updates, {batch_tokens:,} tokens a batch of"
+        f" {recipe.updates_per_batch} updates, on {where}"
+    )
+
+
+def _log_corpus(tracker: Tracker, corpus: Path, manifest: Manifest) -> None:
+    for name, context in (("train", "training"), ("validation", "evaluation")):
+        split = manifest.splits[name]
+        tracker.log_corpus(
+            f"{corpus.name}-{name}",
+            split.fingerprint,
+            str(corpus),
+            {
+                "documents": split.documents,
+                "tokens": split.tokens,
+                "bytes": split.n_bytes,
+                "words": split.n_words,
+                "tokenizer": manifest.tokenizer.kind,
+            },
+            {"doc_id": "string", "tokens": "integer"},
+            context,
+        )
+
+
+def _supervise(
+    run: RunDirectory,
+    recipe: Recipe,
+    lease: Lease,
+    tracker: Tracker,
+    console: Console,
+    on_points: Callable[[list[MetricPoint]], None] | None,
+) -> "Outcome":
+    """Runs the loop in a thread, so that Ctrl-C reaches us and not Ray, and watches over it."""
+    result: list[Outcome | BaseException] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            result.append(run_loop(run, recipe, lease.owner))
+        except BaseException as error:
+            result.append(error)
+        finally:
+            ended.set()
+
+    evaluations: dict[int, dict[str, float]] = {}
+    rate: float | None = None
+    shown = newest_update(run)
+    tracked = {manifest.update for manifest in complete_checkpoints(run)}
+
+    def show(points: list[MetricPoint]) -> None:
+        nonlocal shown, rate
+        for point in points:
+            if "eval/bits_per_byte" in point.values:
+                evaluations[point.step] = point.values
+            else:
+                rate = point.values.get("perf/tokens_per_second", rate)  # a batch's last has it
+                nats = point.values["train/loss_nats_per_token"]
+                progress.update(point.step, nats_per_token=nats, tokens_per_second=rate)
+            shown = point.step
+        if on_points:
+            on_points(points)
+
+    def track_checkpoints(*, last: bool = False) -> None:
+        for manifest in complete_checkpoints(run):
+            # Its evaluation is in the spool before it is committed, and shown soon after.
+            if manifest.update not in tracked and (manifest.update <= shown or last):
+                tracked.add(manifest.update)
+                uri = checkpoint_folder(run, manifest.update).as_uri()
+                tracker.log_checkpoint(manifest.update, uri, evaluations.get(manifest.update, {}))
+
+    log = run_log.LogTail(run.logs, "rank-0")
+    groups = 0
+    with console.training(recipe.training.steps) as progress:
+        tracker.attach_spool(run.metrics, show)
+        threading.Thread(target=work, name="training", daemon=True).start()
+        asked = False
+        # Not Thread.join: Ctrl-C during it makes Python 3.11 take the thread for dead.
+        while not ended.is_set():
+            try:
+                ended.wait(0.5)
+                track_checkpoints()
+                for line in log.read():
+                    if line["level"] in ("WARNING", "ERROR"):
+                        console.warning(line["message"])
+                    elif line.get("event") == "state ready":
+                        groups += 1
+                        if groups > 1:
+                            console.line(
+                                f"the workers were started again; they go on after update"
+                                f" {line['update']}"
+                            )
+            except KeyboardInterrupt:
+                if asked:
+                    raise
+                asked = True
+                run.request_stop(True)
+                console.line("Ctrl-C: saving at the next batch, then stopping (again: at once)")
+        tracker.detach_spool()
+        track_checkpoints(last=True)
+    [outcome] = result
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome

@@ -1,0 +1,52 @@
+"""A run's newest intact checkpoint, loaded into this process to score or write text."""
+
+from typing import Any, NamedTuple
+
+from jobs import recipe as recipes
+from jobs.errors import UserError
+from jobs.recipe import Recipe
+from jobs.run_directory import RunDirectory
+
+
+class TrainedModel(NamedTuple):
+    """Parameters and what is needed to use them."""
+
+    recipe: Recipe
+    update: int
+    """Optimizer updates they have seen."""
+    fingerprints: dict[str, str]
+    """Of the corpus splits that the run was begun on."""
+    params: Any
+    codebooks: Any
+
+
+def load_trained_model(run: RunDirectory) -> TrainedModel:
+    """Restores, verified, onto the first device of this process.
+
+    Raises:
+        UserError: the run has no checkpoint yet, or none that is intact.
+    """
+    import jax
+
+    from jobs.checkpoints import restore_newest
+    from model.sharding import make_mesh, state_shardings
+    from model.training import initial_state
+
+    recipe = recipes.from_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))
+    abstract = jax.eval_shape(lambda: initial_state(recipe.model, recipe.optimizer, 0))
+    shardings = state_shardings(make_mesh(jax.devices()[:1]), abstract)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+    restored = restore_newest(run, abstract)
+    if restored is None:
+        raise UserError(
+            f"run {run.name}: has no checkpoint yet; the first is saved after"
+            f" checkpoint.every={recipe.checkpoint.every} updates"
+        )
+    state, manifest = restored
+    return TrainedModel(
+        recipe, manifest.update, manifest.fingerprints, state.params, state.codebooks
+    )

@@ -1,0 +1,160 @@
+"""`tvq compare` on runs of a real MLflow store."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from jobs.comparison import (
+    EVAL_BITS,
+    EVAL_LOSS,
+    RATE,
+    TRAIN_LOSS,
+    Candidate,
+    Comparison,
+    as_json,
+    compare,
+    difference_table,
+    plot,
+    result_table,
+)
+from jobs.errors import UserError
+from jobs.metric_spool import MetricPoint, MetricSpool
+from jobs.tracking.store import embedded_store
+from jobs.tracking.tracker import Tracker
+
+NAMES = ("full cache", "no cache")
+
+
+def train_loss(run: int, update: int) -> float:
+    return 2.0 + 0.1 * run + 3.0 * math.exp(-update / 30)
+
+
+@pytest.fixture(scope="module")
+def candidates(tmp_path_factory: pytest.TempPathFactory) -> list[Candidate]:
+    """Two runs: 200 updates, and 100 updates that meet a NaN and an infinity."""
+    root = tmp_path_factory.mktemp("compare root")
+    store = embedded_store(root)
+    found = []
+    for run, name in enumerate(NAMES):
+        last = 200 - 100 * run
+        spool = MetricSpool(root / name)
+        for update in range(1, last + 1):
+            values = {TRAIN_LOSS: train_loss(run, update), RATE: 1000.0 * (1 + update % 3)}
+            if run and update in (30, 31):
+                values[TRAIN_LOSS] = math.nan if update == 30 else math.inf
+            if update % 50 == 0:
+                # The best evaluation is the one before the last.
+                bits = 4.0 + run - update / 100 + (1.0 if update == last else 0.0)
+                values |= {EVAL_BITS: bits, EVAL_LOSS: bits * math.log(2)}
+            spool.append(MetricPoint(update, update * 512, update * 1000, values))
+        spool.flush()
+        tracker = Tracker.start(
+            store.uri, "e", name, f"key {run}", artifact_location=store.artifact_location
+        )
+        recipe = {"model": {"compressive_cache": run == 0, "d_model": 64}, "training": {"seed": 0}}
+        tracker.log_recipe(recipe | ({"only": {"here": 1}} if run else {}), "", "")
+        tracker.attach_spool(root / name, lambda points: None)
+        tracker.log_metrics({"test/bits_per_byte": 2.5 + run}, last)
+        run_id = tracker.wait_for_run()
+        assert run_id
+        assert tracker.finish("FINISHED")
+        found.append(Candidate(name, run_id, store.uri))
+    return found
+
+
+@pytest.fixture(scope="module")
+def comparison(candidates: list[Candidate]) -> Comparison:
+    return compare(candidates)
+
+
+def test_parameters_that_differ_are_all_that_is_listed(comparison: Comparison):
+    assert difference_table(comparison) == (
+        ["parameter", *NAMES],
+        [["model.compressive_cache", "true", "false"], ["only.here", "-", "1"]],
+    )
+
+
+def test_results_are_those_of_the_curves(comparison: Comparison):
+    columns, rows = result_table(comparison)
+    assert columns == ["result", *NAMES, "difference"]
+    table = {row[0]: row[1:] for row in rows}
+    last_5_percent = [
+        math.fsum(train_loss(0, u) for u in range(191, 201)) / 10,
+        math.fsum(train_loss(1, u) for u in range(96, 101)) / 5,
+    ]
+    assert table == {
+        "updates": ["200", "100", "-100"],
+        "tokens trained on": ["102,400", "51,200", "-51,200"],
+        "train loss, nats/token (last 5%)": [
+            *(f"{value:.4f}" for value in last_5_percent),
+            f"{last_5_percent[1] - last_5_percent[0]:+.4f}",
+        ],
+        "eval/bits_per_byte, last": ["3.0000", "5.0000", "+2.0000"],
+        "eval/bits_per_byte, best": ["2.5000", "4.5000", "+2.0000"],
+        "eval/loss_nats_per_token, last": ["2.0794", "3.4657", "+1.3863"],
+        "eval/loss_nats_per_token, best": ["1.7329", "3.1192", "+1.3863"],
+        "eval/bits_per_byte at update 100": ["3.0000", "5.0000", "+2.0000"],
+        "test/bits_per_byte, last": ["2.5000", "3.5000", "+1.0000"],
+        "tokens/s (median)": ["2,000", "2,000", "+0"],
+    }
+
+
+def test_json_says_the_same_and_names_the_updates(comparison: Comparison):
+    found = as_json(comparison)
+    assert found["differences"]["model.compressive_cache"] == {NAMES[0]: "true", NAMES[1]: "false"}
+    assert found["last_common_evaluation"] == {
+        "update": 100,
+        EVAL_BITS: {NAMES[0]: 3.0, NAMES[1]: 5.0},
+    }
+    first = found["runs"][0]
+    assert first["name"] == NAMES[0]
+    assert first["status"] == "FINISHED"
+    assert first["best"][EVAL_BITS] == {"value": 2.5, "update": 150}
+    assert first["last"]["test/bits_per_byte"] == 2.5
+
+
+def test_one_run_has_results_and_nothing_that_differs(candidates: list[Candidate]):
+    alone = compare(candidates[:1])
+    assert alone.differences == {}
+    columns, rows = result_table(alone)
+    assert columns == ["result", NAMES[0]]
+    assert ["updates", "200"] in rows
+    assert not any("at update" in row[0] for row in rows)
+
+
+def test_a_run_without_metrics_is_shown_as_such(candidates: list[Candidate], tmp_path: Path):
+    empty = Tracker.start(candidates[0].uri, "e", "empty", "empty key")
+    run_id = empty.wait_for_run()
+    assert run_id
+    empty.finish("KILLED")
+    both = compare([candidates[0], Candidate("empty", run_id, candidates[0].uri)])
+    _, rows = result_table(both)
+    assert ["eval/bits_per_byte, best", "2.5000", "-", "-"] in rows
+    assert as_json(both)["last_common_evaluation"] is None
+    plot(both, tmp_path / "empty.png")
+
+
+def test_nothing_to_compare_and_a_run_that_is_not_there_are_user_errors(
+    candidates: list[Candidate],
+):
+    with pytest.raises(UserError, match="name one run or more"):
+        compare([])
+    with pytest.raises(UserError, match="not found"):
+        compare([Candidate("x", "0" * 32, candidates[0].uri)])
+
+
+def test_the_picture_is_a_png_with_both_curves_and_their_colours(
+    comparison: Comparison, tmp_path: Path
+):
+    from matplotlib.image import imread
+
+    path = tmp_path / "a folder" / "loss.png"
+    plot(comparison, path)
+    assert [child.name for child in path.parent.iterdir()] == ["loss.png"]
+    pixels = imread(path)[..., :3]
+    assert pixels.shape[1] > 1500
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+        near = abs(pixels - [channel / 255 for channel in colour]).max(axis=-1) < 0.02
+        assert near[:, : pixels.shape[1] // 2].sum() > 500  # losses
+        assert near[:, pixels.shape[1] * 2 // 3 :].sum() > 200  # bits per byte

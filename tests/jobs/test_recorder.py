@@ -1,0 +1,198 @@
+"""The recorder: points one batch late, without waiting for a step, every token counted."""
+
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jobs.metric_spool import MetricPoint, MetricSpool, read_segment, segments
+from jobs.recorder import Recorder
+from model.training import UpdateMetrics
+
+NAMES = {
+    "train/loss_nats_per_token": "loss",
+    "train/commitment_loss": "commitment",
+    "train/gradient_norm": "gradient_norm",
+    "train/learning_rate": "learning_rate",
+    "train/loss_spike_sigmas": "loss_spike_sigmas",
+    "train/skipped_updates": "skipped_updates",
+    "codebook/perplexity_codes": "codebook_perplexity",
+    "codebook/usage_fraction": "codebook_usage",
+    "codebook/relative_error": "relative_error",
+}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def metrics_of(batch: int, updates: int = 2) -> UpdateMetrics:
+    """Distinct figures for each field, batch and update."""
+    return UpdateMetrics(
+        **{
+            name: jnp.asarray(100 * batch + 10 * np.arange(updates) + number, jnp.int32)
+            if name in ("tokens", "skipped_updates")
+            else jnp.asarray(100 * batch + 10 * np.arange(updates) + number / 8, jnp.float32)
+            for number, name in enumerate(UpdateMetrics._fields)
+        }
+    )
+
+
+def points_in(folder: Path) -> list[MetricPoint]:
+    found = [read_segment(path) for path in segments(folder)]
+    assert all(segment.damage is None for segment in found)
+    return [point for segment in found for point in segment.points]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def recorder(tmp_path: Path, clock: Clock) -> Recorder:
+    # Two bits a byte for every nat: an oracle that needs no corpus.
+    spool = MetricSpool(tmp_path, flush_seconds=1e9)
+    return Recorder(spool, tokens=5000, bits_per_byte=lambda nats: 2 * nats, clock=clock)
+
+
+def test_every_figure_of_every_update_becomes_a_value(recorder: Recorder, tmp_path: Path):
+    metrics = metrics_of(1, updates=3)
+    recorder.updates(6, metrics)
+    recorder.flush()
+    points = points_in(tmp_path)
+    assert [point.step for point in points] == [4, 5, 6]
+    for i, point in enumerate(points):
+        expected = {name: float(getattr(metrics, field)[i]) for name, field in NAMES.items()}
+        expected["train/bits_per_byte"] = 2 * float(metrics.loss[i])
+        assert point.values == expected
+        assert point.time_ms == 1_000_000
+
+
+def test_tokens_are_counted_from_where_the_checkpoint_stood(recorder: Recorder, tmp_path: Path):
+    first, second = metrics_of(1), metrics_of(2)
+    counts = [int(n) for metrics in (first, second) for n in metrics.tokens]
+    recorder.updates(2, first)
+    recorder.updates(4, second)
+    recorder.flush()
+    assert [point.tokens for point in points_in(tmp_path)] == [
+        5000 + sum(counts[: n + 1]) for n in range(4)
+    ]
+    assert recorder.tokens == 5000 + sum(counts)
+
+
+def test_a_batch_is_fetched_when_the_next_one_is_handed_in(recorder: Recorder, tmp_path: Path):
+    # The tokens that it has counted tell what it has fetched.
+    recorder.updates(2, metrics_of(1))
+    assert recorder.tokens == 5000
+    recorder.updates(4, metrics_of(2))
+    assert recorder.tokens == 5000 + int(metrics_of(1).tokens.sum())
+    recorder.flush()
+    assert recorder.tokens == 5000 + sum(int(metrics_of(n).tokens.sum()) for n in (1, 2))
+    assert [point.step for point in points_in(tmp_path)] == [1, 2, 3, 4]
+    recorder.flush()  # nothing is pending: nothing is recorded twice
+    assert [point.step for point in points_in(tmp_path)] == [1, 2, 3, 4]
+
+
+class Computing:
+    """Stands for a device array whose computation goes on: reading it would wait."""
+
+    def __init__(self, array: jax.Array, done: threading.Event) -> None:
+        self.array = array
+        self.done = done
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        assert self.done.is_set(), "waited for a step that was still being computed"
+        return np.asarray(self.array)
+
+
+def test_handing_in_a_batch_does_not_wait_for_its_computation(recorder: Recorder, tmp_path: Path):
+    for n in (1, 2):
+        done = threading.Event()
+        running = [Computing(array, done) for array in metrics_of(n)]
+        recorder.updates(2 * n, UpdateMetrics._make(running))
+        done.set()
+    recorder.flush()
+    assert [point.step for point in points_in(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_handing_in_moves_nothing_that_the_transfer_guard_forbids(recorder: Recorder):
+    on_device = [metrics_of(n) for n in (1, 2, 3)]
+    with jax.transfer_guard("disallow"):
+        for n, metrics in enumerate(on_device, start=1):
+            recorder.updates(2 * n, metrics)
+        recorder.flush()
+    assert recorder.tokens > 5000
+
+
+def test_an_evaluation_comes_after_the_updates_before_it(
+    recorder: Recorder, tmp_path: Path, clock: Clock
+):
+    recorder.updates(2, metrics_of(1))
+    recorder.evaluation(2, lambda: {"eval/bits_per_byte": 1.5})
+    recorder.updates(4, metrics_of(2))
+    recorder.flush()
+    points = points_in(tmp_path)
+    assert [point.step for point in points] == [1, 2, 2, 3, 4]
+    assert points[2].values == {"eval/bits_per_byte": 1.5}
+    assert points[2].tokens == points[1].tokens
+    steps = [point.step for point in points if "train/loss_nats_per_token" in point.values]
+    assert steps == sorted(set(steps))
+
+
+def test_speed_is_that_of_whole_batches_without_the_evaluation(
+    recorder: Recorder, tmp_path: Path, clock: Clock
+):
+    tokens = [int(metrics_of(n).tokens.sum()) for n in range(6)]
+
+    def evaluate() -> dict[str, float]:
+        clock.now += 1000
+        return {"eval/bits_per_byte": 1.0}
+
+    recorder.updates(2, metrics_of(1))
+    clock.now += 3  # the first batch compiles: no speed is given for it
+    recorder.updates(4, metrics_of(2))
+    clock.now += 4
+    recorder.updates(6, metrics_of(3))  # fetches the second
+    clock.now += 5
+    recorder.evaluation(6, evaluate)  # fetches the third first
+    recorder.updates(8, metrics_of(4))
+    clock.now += 8
+    recorder.updates(10, metrics_of(5))  # fetches the fourth
+    recorder.flush()
+    speeds = {
+        point.step: point.values["perf/tokens_per_second"]
+        for point in points_in(tmp_path)
+        if "perf/tokens_per_second" in point.values
+    }
+    assert 2 not in speeds
+    assert speeds[4] == pytest.approx(tokens[2] / 4)
+    assert speeds[6] == pytest.approx(tokens[3] / 5)
+    assert speeds[8] == pytest.approx(tokens[4] / 8)
+    assert all(step % 2 == 0 for step in speeds)
+
+
+def test_a_process_without_the_spool_counts_the_same(tmp_path: Path, clock: Clock):
+    other = Recorder(None, tokens=5000, bits_per_byte=lambda nats: nats, clock=clock)
+    for n in (1, 2):
+        other.updates(2 * n, metrics_of(n))
+    other.evaluation(4, lambda: {"eval/bits_per_byte": 1.0})
+    other.flush()
+    assert other.tokens == 5000 + sum(int(metrics_of(n).tokens.sum()) for n in (1, 2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_finite_is_recorded_as_it_is(recorder: Recorder, tmp_path: Path):
+    broken = metrics_of(1)._replace(loss=jnp.asarray([jnp.nan, jnp.inf]))
+    recorder.updates(2, broken)
+    recorder.flush()
+    losses = [point.values["train/loss_nats_per_token"] for point in points_in(tmp_path)]
+    assert np.isnan(losses[0])
+    assert losses[1] == np.inf

@@ -1,0 +1,113 @@
+"""What the README shows is what the commands print, figures that vary masked."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import cli
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TVQ = [sys.executable, "-c", "from jobs.cli import main; main()"]
+
+_UNSTEADY = re.compile(r"^(read|write|update|token) [\d,]+/")
+"""Progress lines: how many there are depends on the speed of the machine."""
+
+
+def code_blocks(language: str = "") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[list[str]]:
+    lines = "\n".join(code_blocks()).splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("tvq ")]
+
+
+def transcript() -> str:
+    [text] = re.findall(
+        r"<!-- transcript: begin -->\n```\n(.*?)```\n<!-- transcript: end -->", README, re.DOTALL
+    )
+    return text
+
+
+def masked(text: str) -> list[str]:
+    """Lines without progress, sampled text, numbers, hashes, paths and the widths of columns."""
+    text = re.sub(r"(?s)(== sample.*?\n.*?\n).*?(?=\n== )", r"\1", text)
+    lines = []
+    for line in text.splitlines():
+        if _UNSTEADY.match(line) or not line.strip():
+            continue
+        line = re.sub(r"(?<!\w)(/|[\w.-]+/)[^,;]*", "PATH", line)
+        line = re.sub(r"\b[0-9a-f]{16}\b", "HASH", line)
+        line = re.sub(r"[+-]?\d[\d,.]*", "N", line)
+        lines.append(re.sub(r"\s+", " ", line).strip())
+    return lines
+
+
+def test_every_command_exists_with_its_options():
+    assert len(commands()) > 8
+    for words in commands():
+        command = cli.commands[words[0]]
+        options = {option for item in command.params for option in item.opts}
+        assert {word for word in words if word.startswith("-")} <= options, words
+
+
+def test_files_that_it_names_are_there():
+    for target in re.findall(r"\]\(([^):]+)\)", README) + re.findall(r"`(\w+/[\w/]+\.py)`", README):
+        assert (REPOSITORY / target).exists(), target
+
+
+def test_masking_keeps_what_it_should():
+    assert masked(
+        "killed rank-1 (process 12) at update 3\nupdate 3/9  loss 1\n\ntrain  6  0.5"
+    ) == [
+        "killed rankN (process N) at update N",
+        "train N N",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_demo_prints_the_transcript(tmp_path):
+    run = subprocess.run(
+        [*TVQ, "demo"], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=True
+    )
+    assert run.stderr == ""
+    assert masked(run.stdout) == masked(transcript())
+    assert (tmp_path / "demo" / "loss.png").stat().st_size > 10_000
+    python = code_blocks("python")
+    assert len(python) == 1
+    shown = subprocess.run(
+        [sys.executable, "-c", python[0]], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "doc_id" in shown.stdout
+
+    again = subprocess.run(
+        [*TVQ, "demo"], cwd=tmp_path, capture_output=True, text=True, timeout=400, check=True
+    )
+    assert "nothing changed: the corpus that was there is used as it is" in again.stdout
+    assert again.stdout.count("already finished at update") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_command_runs(tmp_path):
+    """In the order in which they stand there, on somebody's own text in their home."""
+    books = tmp_path / "books"
+    books.mkdir()
+    for index, source in enumerate(sorted(Path(os.__file__).parent.glob("*.py"))[:60]):
+        (books / f"book {index}.txt").write_bytes(source.read_bytes())
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    for words in commands():
+        words = [re.sub("^~", str(tmp_path), word) for word in words]
+        if words[0] == "ui":
+            continue  # tests/jobs/test_ui.py opens the page
+        run = subprocess.run(
+            [*TVQ, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert run.returncode == 0, (words, run.stderr)
