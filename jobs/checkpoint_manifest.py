@@ -6,6 +6,7 @@
 A checkpoint is complete or it does not exist. Needs no JAX, so that the driver can look.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -74,8 +75,13 @@ def complete_checkpoints(run: RunDirectory) -> list[CheckpointManifest]:
         try:
             found.append(_read(path))
         except DamagedCheckpointError as damage:
-            log.error("checkpoint is damaged and skipped: %s", damage)
+            _log_once(f"checkpoint is damaged and skipped: {damage}")
     return found
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.error(message)  # the driver looks twice a second
 
 
 def remove(run: RunDirectory, update: int) -> None:

@@ -86,8 +86,7 @@ def _train_through_a_kill(recipe: Recipe, root: Path, console: Console) -> None:
         os.kill(started["worker_pid"], signal.SIGKILL)
         console.line(
             f"killed {victim} (process {started['worker_pid']}) with SIGKILL at update"
-            f" {points[-1].step}; Ray starts the workers again from the checkpoint at update"
-            f" {newest_update(run)}"
+            f" {points[-1].step}; Ray starts the workers again"
         )
 
     train(recipe, root=root, name=FULL, console=console, on_points=kill_at_half)

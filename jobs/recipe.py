@@ -392,6 +392,15 @@ def _check(recipe: Recipe) -> None:
     ):
         if value < least:
             raise ConfigError(f"{name}: must be at least {least}, got {value}")
+    axes = cluster.fsdp * cluster.tensor * max(cluster.data, 1)
+    if cluster.workers and (
+        cluster.workers % axes or (cluster.data > 0 and axes != cluster.workers)
+    ):
+        raise ConfigError(
+            f"cluster.workers: each brings one device, and data x fsdp x tensor ="
+            f" {cluster.data} x {cluster.fsdp} x {cluster.tensor} does not make {cluster.workers};"
+            " set cluster.data=-1 for what is left, or other axes"
+        )
     validate_update_length(data.sequence_length, training.update_length)
     # A checkpoint and an evaluation lie on a batch border, so that no cache is ever saved.
     for name, value in (

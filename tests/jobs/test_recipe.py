@@ -68,7 +68,7 @@ ANOTHER = {
     "tracking.uri": "sqlite:///other.db",
     "tracking.experiment": "12:30",
     "cluster.address": "auto",
-    "cluster.data": 1,
+    "cluster.data": 2,
 }
 
 OPERATIONAL = {
@@ -253,6 +253,8 @@ def test_a_recipe_file_states_only_what_differs(tmp_path: Path):
         (["data.shuffle_span=0"], "data.shuffle_span: must be at least 1, got 0"),
         (["cluster.workers=-1"], "cluster.workers: must be at least 0"),
         (["cluster.data=0"], "cluster.data: must be at least 1, or -1"),
+        (["cluster.fsdp=3"], "cluster.workers: each brings one device"),
+        (["cluster.data=1"], "cluster.workers: each brings one device"),
         (["checkpoint.keep=0"], "checkpoint.keep: must be at least 1"),
         (["model.d_model=31"], "model.d_model: must be even"),
         (["model.window=0"], "model.window: must be at least 1"),
