@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs.errors import UserError
+from jobs.palette import PALETTE
 from jobs.tracking.delivery import TOKENS_METRIC
 from jobs.tracking.reading import history, run
 
@@ -23,9 +24,8 @@ RATE = "perf/tokens_per_second"
 
 _LARGEST = 1e300
 """MLflow stores infinities as the largest floats: no value above this is one."""
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
-"""Okabe and Ito's, told apart by colour-blind readers; the line style changes after the last."""
 _LINES = ("-", "--", ":")
+"""The line style changes when the colours are used up."""
 
 Curve = list[tuple[int, float]]
 """(update, value) by update."""
@@ -237,7 +237,7 @@ def _labels(comparison: Comparison) -> list[str]:
 
 
 def _style(index: int) -> tuple[str, str]:
-    return _COLOURS[index % len(_COLOURS)], _LINES[index // len(_COLOURS) % len(_LINES)]
+    return PALETTE[index % len(PALETTE)], _LINES[index // len(PALETTE) % len(_LINES)]
 
 
 def _draw_losses(axes: "Axes", comparison: Comparison) -> None:

@@ -58,8 +58,9 @@ def demo(source: str | None, output: Path, console: Console) -> None:
         evaluate_command(runs, name, "test", console=console)
 
     console.heading(f"sample {FULL}")
+    prompt = "" if source else "class "
     sample_command(
-        runs, FULL, prompt="def ", tokens=300, temperature=0.7, top_p=0.95, seed=0, console=console
+        runs, FULL, prompt=prompt, tokens=300, temperature=0.7, top_p=0.95, seed=1, console=console
     )
 
     console.heading(f"compare {FULL} {WINDOW}")

@@ -144,8 +144,8 @@ def _track(
     values = {
         f"{split}/loss_nats_per_token": figures.nats_per_token,
         f"{split}/bits_per_byte": figures.bits_per_byte,
-        f"{split}/xz_bits_per_byte": yardstick.xz,
-        f"{split}/gzip_bits_per_byte": yardstick.gzip,
+        f"yardstick/{split}_xz_bits_per_byte": yardstick.xz,
+        f"yardstick/{split}_gzip_bits_per_byte": yardstick.gzip,
     }
     try:
         add_to_run(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.palette import PALETTE
 from jobs.tracking.delivery import Measurement, Refusal
 from jobs.tracking.store import Store, one_process_creates, reason, without_credentials
 
@@ -205,6 +206,8 @@ class MlflowRun:
                 RUN_KEY_TAG: self._run_key,
                 "mlflow.source.name": "tvq",
                 "mlflow.source.type": "LOCAL",
+                # MLflow's page draws runs in colours of their ids' hashes, two of them alike.
+                "mlflow.runColor": PALETTE[self._count_runs(experiment_id) % len(PALETTE)],
             }
             with contextlib.suppress(KeyError, OSError):  # No such user in this container.
                 tags["mlflow.user"] = getpass.getuser()
@@ -214,6 +217,9 @@ class MlflowRun:
         if run.info.status != "RUNNING":
             self._client.update_run(run.info.run_id, status="RUNNING")
         return run
+
+    def _count_runs(self, experiment_id: str) -> int:
+        return len(self._client.search_runs([experiment_id], max_results=1000))
 
 
 class _StoreError(Exception):
