@@ -74,6 +74,8 @@ def complete_checkpoints(run: RunDirectory) -> list[CheckpointManifest]:
     for path in sorted(run.checkpoints.glob("*/manifest.json")):
         try:
             found.append(_read(path))
+        except FileNotFoundError:
+            continue  # rank 0 removed it since it was listed
         except DamagedCheckpointError as damage:
             _log_once(f"checkpoint is damaged and skipped: {damage}")
     return found
@@ -89,6 +91,11 @@ def remove(run: RunDirectory, update: int) -> None:
     folder = checkpoint_folder(run, update)
     (folder / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def newest_update(run: RunDirectory) -> int:
+    """The update of the run's newest complete checkpoint; 0 if there is none."""
+    return max((manifest.update for manifest in complete_checkpoints(run)), default=0)
 
 
 def file_lengths(folder: Path) -> dict[str, int]:
@@ -112,7 +119,9 @@ def _read(path: Path) -> CheckpointManifest:
                 " this tvq reads; upgrade tvq"
             )
         return CheckpointManifest(**fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path}: {error!r}") from None
 
 

@@ -4,8 +4,10 @@ Orbax restores a flipped byte silently (12 of 12 tried), so the manifest holds a
 leaf's bits, which does not depend on the mesh, and the length of every file.
 """
 
+import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +159,7 @@ def restore_newest(run: RunDirectory, abstract_state: Any) -> tuple[Any, Checkpo
     """The newest checkpoint that is intact, on the mesh of `abstract_state`'s shardings.
 
     A damaged one is named in the log and skipped for the one before. None where there is no
-    checkpoint at all. All hosts take the one that rank 0 sees.
+    checkpoint at all. All hosts try those that rank 0 sees, and skip one together.
 
     Raises:
         UserError: there are checkpoints and all are damaged.
@@ -166,12 +168,18 @@ def restore_newest(run: RunDirectory, abstract_state: Any) -> tuple[Any, Checkpo
     updates = np.array([m.update for m in candidates[-8:]] + [-1] * (8 - len(candidates)), np.int32)
     if jax.process_count() > 1:
         updates = multihost_utils.broadcast_one_to_all(updates)
-        candidates = complete_checkpoints(run)  # after rank 0 looked: what it saw is there
+        candidates = complete_checkpoints(run)  # after rank 0 looked
     by_update = {manifest.update: manifest for manifest in candidates}
-    chosen = [by_update[int(update)] for update in updates if update >= 0]
     problems = []
-    for manifest in reversed(chosen):
+    for update in reversed([int(update) for update in updates if update >= 0]):
+        folder = checkpoint_folder(run, update)
         try:
+            with _damage_of_any_host(folder):
+                if update not in by_update:
+                    raise DamagedCheckpointError(
+                        f"{folder}: rank 0 sees a manifest, this host none"
+                    )
+            manifest = by_update[update]
             return restore(run, manifest, abstract_state), manifest
         except DamagedCheckpointError as damage:
             problems.append(str(damage))
@@ -184,7 +192,7 @@ def restore_newest(run: RunDirectory, abstract_state: Any) -> tuple[Any, Checkpo
 
 
 def restore(run: RunDirectory, manifest: CheckpointManifest, abstract_state: Any) -> Any:
-    """The state of one checkpoint, its lengths and leaf sums verified.
+    """The state of one checkpoint, its lengths and leaf sums verified; called by every host.
 
     Args:
         run: the run that it belongs to.
@@ -192,17 +200,12 @@ def restore(run: RunDirectory, manifest: CheckpointManifest, abstract_state: Any
         abstract_state: the tree of `jax.ShapeDtypeStruct`s with shardings to restore onto.
 
     Raises:
-        DamagedCheckpointError: a file or a leaf is not what the manifest says.
+        DamagedCheckpointError: a file or a leaf is not what the manifest says, on any host.
         UserError: the leaves are those of another model.
     """
     folder = checkpoint_folder(run, manifest.update)
-    lengths = file_lengths(folder / "state")
-    for name, length in manifest.files.items():
-        if lengths.get(name) != length:
-            found = f"has {lengths[name]} bytes" if name in lengths else "is missing"
-            raise DamagedCheckpointError(
-                f"{folder / 'state' / name} {found}, expected {length} bytes"
-            )
+    with _damage_of_any_host(folder):
+        _check_lengths(folder / "state", manifest)
     expected = _signatures(abstract_state)
     for name in sorted(expected.keys() | manifest.leaves.keys()):
         if expected.get(name) != manifest.leaves.get(name):
@@ -211,21 +214,62 @@ def restore(run: RunDirectory, manifest: CheckpointManifest, abstract_state: Any
                 f" {manifest.leaves.get(name, 'absent')}, expected {expected.get(name, 'absent')};"
                 " use the recipe that the run was trained with"
             )
-    orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
-    try:
-        state = orbax.restore(folder / "state", args=ocp.args.StandardRestore(abstract_state))
-    except Exception as error:  # Orbax, tensorstore and zstd each raise their own
-        raise DamagedCheckpointError(
-            f"{folder / 'state'}: cannot be read: {error!r:.300}"
-        ) from error
-    finally:
-        orbax.close()
+    with _damage_of_any_host(folder):
+        state = _read_state(folder / "state", abstract_state)
     for name, value in jax.device_get(_jitted_leaf_sums(state)).items():
         if int(value) != manifest.sums[name]:
             raise DamagedCheckpointError(
                 f"{folder}: leaf {name} does not have the sum in the manifest"
             )
     return state
+
+
+@contextlib.contextmanager
+def _damage_of_any_host(folder: Path) -> Iterator[None]:
+    """Raises the damage that the body finds on one host on all of them, at its end.
+
+    Else who found it would go on to the checkpoint before while the others wait for it in the next
+    collective. For the same reason the body must not contain one.
+    """
+    damage = None
+    try:
+        yield
+    except DamagedCheckpointError as error:
+        damage = error
+    if jax.process_count() > 1:
+        damaged = multihost_utils.process_allgather(np.int32(damage is not None))
+        if damaged.any() and damage is None:
+            hosts = ", ".join(map(str, np.flatnonzero(damaged)))
+            damage = DamagedCheckpointError(
+                f"{folder}: damaged for host {hosts}, whose log says why"
+            )
+    if damage:
+        raise damage
+
+
+def _check_lengths(folder: Path, manifest: CheckpointManifest) -> None:
+    try:
+        lengths = file_lengths(folder)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{folder}: cannot be listed: {error!r}") from None
+    for name, length in manifest.files.items():
+        if lengths.get(name) != length:
+            found = f"has {lengths[name]} bytes" if name in lengths else "is missing"
+            raise DamagedCheckpointError(f"{folder / name} {found}, expected {length} bytes")
+
+
+def _read_state(folder: Path, abstract_state: Any) -> Any:
+    # `restore` ends with a barrier of the active processes, at which all others would wait for the
+    # one that cannot read: each is on its own, and they meet afterwards.
+    rank = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=rank, active_processes={rank})
+    orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler(), multiprocessing_options=alone)
+    try:
+        return orbax.restore(folder, args=ocp.args.StandardRestore(abstract_state))
+    except Exception as error:  # Orbax, tensorstore and zstd each raise their own
+        raise DamagedCheckpointError(f"{folder}: cannot be read: {error!r:.300}") from error
+    finally:
+        orbax.close()
 
 
 def _signatures(state: Any) -> dict[str, str]:

@@ -159,7 +159,13 @@ def train(
 
     console = _console(as_json)
     loaded = recipes.load(recipe, overrides)
-    trained = run_training(loaded, root=root, name=name or Path(recipe).stem, console=console)
+    trained = run_training(
+        loaded,
+        root=root,
+        name=name or Path(recipe).stem,
+        console=console,
+        stated=recipes.stated(recipe, overrides),
+    )
     if as_json:
         console.json(
             {
@@ -262,7 +268,7 @@ Examples:
 @_json_option
 def recipes(name: str | None, overrides: tuple[str, ...], fields: bool, as_json: bool) -> None:
     """List the recipes, or print one with every field resolved."""
-    from jobs.recipe import field_reference, load, named_recipes, resolve, to_yaml
+    from jobs.recipe import field_reference, flatten, load, named_recipes, resolve, to_yaml
 
     console = _console(as_json)
     if fields:
@@ -277,7 +283,10 @@ def recipes(name: str | None, overrides: tuple[str, ...], fields: bool, as_json:
             console.result(f"    {description}")
     elif name:
         recipe = resolve(load(name, overrides))
-        console.result(to_yaml(recipe).rstrip())
+        if as_json:
+            console.json(flatten(recipe))
+        else:
+            console.result(to_yaml(recipe).rstrip())
     elif as_json:
         console.json(named_recipes())
     else:

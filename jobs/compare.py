@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from jobs import recipe as recipes
 from jobs.comparison import Candidate, as_json, compare, difference_table, plot, result_table
 from jobs.console import Console
 from jobs.errors import UserError
 from jobs.run_directory import RunDirectory
-from jobs.train import store_of
+from jobs.train import store_of_run
 
 
 def compare_command(
@@ -32,7 +31,6 @@ def _candidate(root: Path, name: str) -> Candidate:
     record = run.record()
     if record is None or record.mlflow_run_id is None:
         raise UserError(
-            f"run {run.name}: has no MLflow run yet; repeat its `tvq train` to make one"
+            f"run {run.name}: is not in MLflow yet; its `tvq train` puts it there, again if need be"
         )
-    recipe = recipes.from_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))
-    return Candidate(run.name, record.mlflow_run_id, store_of(recipe, run.root).uri)
+    return Candidate(run.name, record.mlflow_run_id, store_of_run(run).uri)

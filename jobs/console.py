@@ -28,9 +28,9 @@ class Console:
     """Prints for one command.
 
     Policy: `line`, `heading`, and progress narrate and are silent with `quiet`; `result`, `table`
-    and `json` are what the command was asked for and always go to `stdout`; `warning` and `error`
-    always go to `stderr`. Text is printed as it is: no markup is read in it. Methods may be called
-    from several threads; on a terminal they print above the progress line.
+    and `json` are what the command was asked for and always go to `stdout`; `warning` always goes
+    to `stderr`. Text is printed as it is: no markup is read in it. Methods may be called from
+    several threads; on a terminal they print above the progress line.
     """
 
     def __init__(
@@ -106,10 +106,6 @@ class Console:
     def warning(self, text: str) -> None:
         """Something the reader should know that stops nothing: `warning: TEXT` on stderr."""
         self._write(f"warning: {text}", style="yellow", to=self._rich_errors)
-
-    def error(self, message: str) -> None:
-        """What ended the command: `error: MESSAGE` on stderr."""
-        self._write(f"error: {message}", style="bold red", to=self._rich_errors)
 
     def training(self, total: int) -> "Progress":
         """The progress line of a training of `total` updates; use it in a `with`."""

@@ -1,6 +1,8 @@
 """`tvq demo`: every stage once, on real text, with a worker killed half-way."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import signal
 import time
@@ -8,14 +10,16 @@ from pathlib import Path
 
 from jobs import recipe as recipes
 from jobs import run_log
+from jobs.checkpoint_manifest import newest_update
 from jobs.console import Console
+from jobs.errors import UserError
 from jobs.metric_spool import MetricPoint
 from jobs.prepare import prepare_corpus
 from jobs.ray_session import ray_session
 from jobs.recipe import Recipe
-from jobs.run_directory import RunDirectory
-from jobs.train import newest_update, train
-from pipeline.sources import SourceSettings, standard_library
+from jobs.run_directory import RunDirectory, write_atomically
+from jobs.train import train
+from pipeline.sources import SourceSettings, list_documents, standard_library
 
 FULL, WINDOW = "vq-cache", "window-only"
 """The two runs: with the compressive cache, and with the local window alone."""
@@ -30,7 +34,9 @@ def demo(source: str | None, output: Path, console: Console) -> None:
 
     began = time.monotonic()
     corpus, runs = output / "corpus", output / "runs"
+    source_settings = SourceSettings((source,)) if source else standard_library()
     with_cache = recipes.load("tiny", (f"data.corpus={corpus}",))
+    _refuse_another_demo(output, source_settings, with_cache)
     without = dataclasses.replace(
         with_cache, model=dataclasses.replace(with_cache.model, compressive_cache=False)
     )
@@ -40,7 +46,7 @@ def demo(source: str | None, output: Path, console: Console) -> None:
         what = source or "the sources of this Python's standard library"
         console.heading(f"prepare: {what}, as bytes, into Arrow shards (Ray Data)")
         settings = PrepareSettings(
-            source=SourceSettings((source,)) if source else standard_library(),
+            source=source_settings,
             shard_bytes=2 * 2**20,
         )
         prepare_corpus(settings, corpus, console)
@@ -71,19 +77,43 @@ def demo(source: str | None, output: Path, console: Console) -> None:
     console.line(f"open MLflow with: tvq ui --root {_quoted(runs)}")
 
 
+def _refuse_another_demo(output: Path, source: SourceSettings, recipe: Recipe) -> None:
+    """Raises UserError where `output` holds a demo of other texts or another recipe.
+
+    Preparing would replace the corpus that its runs were begun on.
+    """
+    found = [[document.id, document.size] for document in list_documents(source)]
+    identity = [recipes.identity(recipes.resolve(recipe)), found]
+    mine = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    note = output / "demo.json"
+    if note.exists() and json.loads(note.read_text(encoding="utf-8"))["demo"] != mine:
+        raise UserError(
+            f"{output}: holds a demo of other texts, or of another version of tvq; give"
+            " --output ANOTHER, or remove it"
+        )
+    if not note.exists():
+        if output.exists() and any(output.iterdir()):
+            raise UserError(f"{output}: is there and is not a demo; give --output ANOTHER")
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, json.dumps({"demo": mine}) + "\n")
+
+
 def _train_through_a_kill(recipe: Recipe, root: Path, console: Console) -> None:
     """Trains; once half the updates are made, kills the last worker with SIGKILL."""
     run = RunDirectory.at(root.absolute(), FULL)
     half = recipe.training.steps // 2
     victim = f"rank-{recipe.cluster.workers - 1}"
+    earlier = len(run_log.events(run.logs, victim, "group start"))
     killed = newest_update(run) >= half
 
     def kill_at_half(points: list[MetricPoint]) -> None:
         nonlocal killed
         if killed or not points or points[-1].step < half or newest_update(run) == 0:
             return
-        killed = True
-        started = run_log.events(run.logs, victim, "group start")[-1]
+        starts = run_log.events(run.logs, victim, "group start")[earlier:]
+        if not starts:  # points that an earlier demo left: nobody to kill yet
+            return
+        killed, started = True, starts[-1]
         os.kill(started["worker_pid"], signal.SIGKILL)
         console.line(
             f"killed {victim} (process {started['worker_pid']}) with SIGKILL at update"

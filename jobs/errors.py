@@ -26,5 +26,8 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, code: ExitCode = ExitCode.USER):
-        super().__init__(message)
+        super().__init__(message, code)  # both, so that it survives the way from a worker
         self.code = code
+
+    def __str__(self) -> str:
+        return self.args[0]

@@ -135,7 +135,7 @@ def _track(
     console: Console,
 ) -> None:
     from jobs.tracking.reading import add_to_run
-    from jobs.train import store_of
+    from jobs.train import store_of_run
 
     record = run.record()
     if record is None or record.mlflow_run_id is None:
@@ -148,8 +148,6 @@ def _track(
         f"yardstick/{split}_gzip_bits_per_byte": yardstick.gzip,
     }
     try:
-        add_to_run(
-            store_of(trained.recipe, run.root).uri, record.mlflow_run_id, values, figures.update
-        )
+        add_to_run(store_of_run(run).uri, record.mlflow_run_id, values, figures.update)
     except UserError as error:  # the figures stand, whatever the tracking server does
         console.warning(f"the figures are not in MLflow: {error}")

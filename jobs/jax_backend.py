@@ -64,6 +64,8 @@ def _join(coordinator: str, count: int, rank: int, heartbeat_seconds: int) -> No
         coordinator,
         count,
         rank,
+        # Not to all interfaces, which is the default: whoever reaches it could join.
+        coordinator_bind_address=coordinator if rank == 0 else None,
         cluster_detection_method="deactivate",
         initialization_timeout=_INITIALIZATION_SECONDS,
         heartbeat_timeout_seconds=heartbeat_seconds,

@@ -5,17 +5,16 @@ It knows nothing of Ray: `train` is a plain call, made once in every process of 
 
 import contextlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
 from jobs import run_log
 from jobs.checkpoints import CheckpointWriter, restore_newest
 from jobs.global_batch import GlobalBatch
+from jobs.loop_contract import LoopSettings, Outcome
 from jobs.metric_spool import MetricSpool
-from jobs.recipe import Recipe, to_yaml
+from jobs.recipe import to_yaml
 from jobs.recorder import Recorder
 from jobs.run_directory import Fence, RunDirectory
 from jobs.units import bits_per_byte
@@ -23,27 +22,6 @@ from model.sharding import batch_sharding, make_mesh, state_shardings
 from model.training import evaluation_step, initial_state, train_step
 from pipeline.loader import evaluation_batches, training_batches
 from pipeline.manifest import Manifest
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """What every process of a training is given."""
-
-    run: Path
-    """The run directory, absolute."""
-    recipe: Recipe
-    """Resolved."""
-    lease_owner: str
-    """Of the driver on whose behalf the loop writes."""
-
-
-class Outcome(NamedTuple):
-    """How a loop ended."""
-
-    update: int
-    """The last update made; it is in a checkpoint."""
-    stopped: bool
-    """Whether it was asked to stop before the recipe's last update."""
 
 
 def train(settings: LoopSettings) -> Outcome:
@@ -172,4 +150,4 @@ def train(settings: LoopSettings) -> Outcome:
                 writer.save(state, update=update, next_batch=next_batch, tokens=recorder.tokens)
         recorder.flush()
     run_log.event("group end", update=update, stopped=stopped)
-    return Outcome(update, stopped)
+    return Outcome(update, stopped and update < recipe.training.steps)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.files import sync_folder
+
 _SEGMENT = re.compile(r"(\d{8,})\.jsonl")
 _TEMPORARY = ".writing-*.jsonl"
 _ACKNOWLEDGED = "acknowledged"
@@ -48,8 +50,8 @@ class MetricSpool:
     later than the last checkpoint, and the resumed training repeats those updates.
 
     A segment is written under a temporary name and appears whole under its number, never over
-    another one. Numbers go on after the highest that exists or was acknowledged. A segment is not
-    synced to the device: it outlives any death of the process, not a power cut.
+    another one. Numbers go on after the highest that exists or was acknowledged. A flush returns
+    once its segment is synced to the device: it outlives a power cut too.
     """
 
     def __init__(
@@ -86,10 +88,13 @@ class MetricSpool:
         temporary = self._folder / _TEMPORARY.replace("*", str(os.getpid()))
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(_encode(point) for point in self._pending)
+            file.flush()
+            os.fsync(file.fileno())
         while not _publish(temporary, self._folder / f"{self._next:08d}.jsonl"):
             self._next += 1
         self._next += 1
         self._pending.clear()
+        sync_folder(self._folder)
 
 
 def segments(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
@@ -144,7 +144,7 @@ _Yaml12Constructor.add_constructor(
 )
 
 _LARGEST_SEED = 2**32 - 1
-_CREDENTIALS = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+_CREDENTIALS = re.compile(r"://[^/\s]*@")
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -205,6 +205,20 @@ def load(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     return _validated(tree, where)
 
 
+def stated(name: str, overrides: tuple[str, ...] = ()) -> frozenset[str]:
+    """The fields that a user states with this recipe: overrides, and what a file of theirs says.
+
+    A named recipe comes with tvq; what it says may change with the version.
+    """
+    fields = {override.partition("=")[0] for override in overrides}
+    if name not in named_recipes():
+        tree = _sections(parse_yaml(_text_of(name), name), name)
+        fields |= {f"{section}.{item}" for section, items in tree.items() for item in items or ()}
+    if "model.preset" in fields:
+        fields |= {f"model.{item.name}" for item in dataclasses.fields(ModelConfig)}
+    return frozenset(fields)
+
+
 def resolve(recipe: Recipe, stored: Recipe | None = None) -> Recipe:
     """Fills what the recipe leaves open: the schedule's horizon is the run's length at its start.
 
@@ -228,15 +242,33 @@ def flatten(recipe: Recipe, *, mathematical_only: bool = False) -> dict[str, Any
     }
 
 
-def difference(recipe: Recipe, other: Recipe, *, mathematical_only: bool = False) -> list[str]:
-    """The fields in which two recipes differ, as lines `section.field: ours (other: theirs)`."""
+def difference(
+    recipe: Recipe,
+    other: Recipe,
+    *,
+    mathematical_only: bool = False,
+    only: frozenset[str] | None = None,
+) -> list[str]:
+    """The fields (of `only`) in which two recipes differ: `section.field: ours (theirs)`."""
     ours = flatten(recipe, mathematical_only=mathematical_only)
     theirs = flatten(other, mathematical_only=mathematical_only)
     return [
         f"{name}: {_shown(value)} ({_shown(theirs[name])})"
         for name, value in ours.items()
-        if value != theirs[name]
+        if value != theirs[name] and (only is None or name in only)
     ]
+
+
+def with_mathematics_of(stored: Recipe, recipe: Recipe) -> Recipe:
+    """The mathematical fields of `stored` and the operational ones of `recipe`."""
+    kept = flatten(stored, mathematical_only=True)
+    sections = {}
+    for section in dataclasses.fields(recipe):
+        ours = getattr(recipe, section.name)
+        names = {item.name: f"{section.name}.{item.name}" for item in dataclasses.fields(ours)}
+        stands = {field: kept[name] for field, name in names.items() if name in kept}
+        sections[section.name] = dataclasses.replace(ours, **stands)
+    return Recipe(**sections)
 
 
 def identity(recipe: Recipe) -> str:
@@ -301,7 +333,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     section = tree.setdefault(parts[0], {})
     if not isinstance(section, dict):
         raise UserError(f"override {override!r}: {parts[0]} is not a section in this recipe")
-    section[parts[1]] = parse_yaml(value, f"override {override!r}")
+    # A text is taken as it stands: a path may hold what YAML would read as a comment or a list.
+    is_text = name in _text_fields() and value != "null"
+    section[parts[1]] = value if is_text else parse_yaml(value, f"override {override!r}")
+
+
+@cache
+def _text_fields() -> set[str]:
+    return {
+        f"{section.name}.{name}"
+        for section in dataclasses.fields(Recipe)
+        for name, kind in get_type_hints(section.type).items()
+        if str in (kind, *get_args(kind))
+    }
 
 
 def _sections(tree: Any, where: str) -> dict[str, Any]:
@@ -423,8 +467,8 @@ def _refuse_credentials(node: Any, where: str, name: str = "") -> None:
             _refuse_credentials(value, where, f"{name}.{key}".lstrip("."))
     elif isinstance(node, str) and _CREDENTIALS.search(node):
         raise UserError(
-            f"{where}: {name}: holds a password in a URL, which would be stored and logged;"
-            " give it in the environment (MLFLOW_TRACKING_USERNAME and _PASSWORD)"
+            f"{where}: {name}: holds a user name or password in a URL, which would be stored and"
+            " logged; give it in the environment (MLFLOW_TRACKING_USERNAME and _PASSWORD)"
         )
 
 

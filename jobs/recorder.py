@@ -1,5 +1,6 @@
 """From what the compiled steps return to metric points in the spool."""
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -8,6 +9,8 @@ import numpy as np
 
 from jobs.metric_spool import MetricPoint, MetricSpool
 from model.training import UpdateMetrics
+
+log = logging.getLogger("tvq.recorder")
 
 
 class Recorder:
@@ -38,6 +41,7 @@ class Recorder:
         self._clock = clock
         self._pending: tuple[int, UpdateMetrics] | None = None
         self._fetched_at: float | None = None
+        self._warned = False
 
     def updates(self, last_update: int, metrics: UpdateMetrics) -> None:
         """Takes a batch's metrics, arrays [T/U] still being computed, ending at `last_update`."""
@@ -71,6 +75,13 @@ class Recorder:
         batch_tokens = int(np.sum(metrics.tokens))
         for i in range(n_updates):
             self.tokens += int(metrics.tokens[i])
+            if not (metrics.finite[i] or self._warned):
+                self._warned = True
+                log.warning(
+                    "update %d: loss or gradient is not finite; it and the rest of its batch are"
+                    " skipped, and so are later ones (train/skipped_updates counts them)",
+                    last_update - n_updates + 1 + i,
+                )
             values = {
                 "train/loss_nats_per_token": float(metrics.loss[i]),
                 "train/bits_per_byte": self._bits_per_byte(float(metrics.loss[i])),

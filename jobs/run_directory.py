@@ -4,6 +4,7 @@
              lease.json    which driver may write now
              group.json    which worker group of that driver may commit checkpoints
              recipe.yaml   the resolved recipe
+             closed.json   the last update, once MLflow holds everything up to it
              stop          there while the training is asked to save and end
              checkpoints/  metrics/  ledger/  logs/
 """
@@ -12,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,8 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import ExitCode, UserError
+from pipeline.files import replace_durably
 
 FORMAT_VERSION = 1
+"""Of the run directory, recipe.yaml included."""
+log = logging.getLogger("tvq.run_directory")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _RESERVED = {"models", "mlartifacts", "corpora"}
 """Folders that lie beside the runs under one root."""
@@ -47,6 +52,8 @@ class RunRecord:
     created: str
     """UTC, ISO 8601."""
     mlflow_run_id: str | None = None
+    tracking_uri: str | None = None
+    """Where that run is, without credentials; None: in the SQLite file beside the runs."""
 
 
 class RunDirectory:
@@ -137,10 +144,10 @@ class RunDirectory:
         try:
             for folder in (draft.checkpoints, draft.metrics, draft.ledger, draft.logs):
                 folder.mkdir(parents=True)
-            _write_durably(draft.recipe, recipe_yaml)
-            _write_durably(draft.path / "run.json", _json(asdict(record)))
-            # Exclusive: takes the place of nothing, or of an empty folder.
-            draft.path.rename(self.path)
+            write_atomically(draft.recipe, recipe_yaml)
+            write_atomically(draft.path / "run.json", _json(asdict(record)))
+            # Exclusive: a folder takes the place of nothing, or of an empty folder.
+            replace_durably(draft.path, self.path)
         except OSError as error:
             if first := self.record():
                 return first
@@ -165,13 +172,24 @@ class RunDirectory:
         """Whether the training was asked to stop."""
         return (self.path / "stop").exists()
 
-    def store_mlflow_run_id(self, run_id: str) -> None:
-        """Notes MLflow's id of this run, so that the tracker need not be searched again."""
+    def store_tracking(self, tracking_uri: str | None, mlflow_run_id: str) -> None:
+        """Notes where MLflow holds this run, for the commands that read it there."""
         record = self.record()
-        if record and record.mlflow_run_id != run_id:
-            write_atomically(
-                self.path / "run.json", _json(asdict(replace(record, mlflow_run_id=run_id)))
-            )
+        assert record is not None, "a run is claimed before it is tracked"
+        noted = replace(record, mlflow_run_id=mlflow_run_id, tracking_uri=tracking_uri)
+        if noted != record:
+            write_atomically(self.path / "run.json", _json(asdict(noted)))
+
+    def note_closed(self, update: int) -> None:
+        """Notes that the run ended at `update` and that MLflow holds all of it."""
+        write_atomically(self.path / "closed.json", _json({"update": update}))
+
+    def closed_at(self) -> int | None:
+        """The update at which `note_closed` was last called; None if never."""
+        try:
+            return json.loads((self.path / "closed.json").read_text(encoding="utf-8"))["update"]
+        except FileNotFoundError:
+            return None
 
 
 class LeaseLostError(RuntimeError):
@@ -244,10 +262,13 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(self._renew_seconds):
-            with self._lock():
-                if (self._read() or {}).get("owner") != self.owner:
-                    return
-                self._write()
+            try:
+                with self._lock():
+                    if (self._read() or {}).get("owner") != self.owner:
+                        return
+                    self._write()
+            except OSError as error:  # a full disk, a file server that stalls: it may pass
+                log.warning("the lease of run %s was not renewed: %s", self._name, error)
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -313,15 +334,11 @@ def list_runs(root: Path) -> list[RunDirectory]:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces `path`: a reader sees the old content or the new one, also after a crash."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    _write_durably(temporary, text)
-    temporary.replace(path)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    replace_durably(temporary, path)
 
 
 def _json(fields: dict[str, Any]) -> str:

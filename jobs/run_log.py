@@ -1,5 +1,6 @@
 """The run's own log: JSON lines of each rank and of the driver, kept in the run directory."""
 
+import contextlib
 import json
 import logging
 import os
@@ -63,7 +64,7 @@ class LogTail:
             file.seek(self._offset)
             complete, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(complete) + len(newline)
-        return [json.loads(line) for line in complete.splitlines()]
+        return _parsed(complete)
 
 
 def events(folder: Path, who: str, name: str) -> list[dict[str, Any]]:
@@ -71,5 +72,12 @@ def events(folder: Path, who: str, name: str) -> list[dict[str, Any]]:
     path = folder / f"{who}.jsonl"
     if not path.exists():
         return []
-    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
-    return [fields for fields in lines if fields.get("event") == name]
+    return [fields for fields in _parsed(path.read_bytes()) if fields.get("event") == name]
+
+
+def _parsed(text: bytes) -> list[dict[str, Any]]:
+    parsed = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):  # torn where its writer was killed
+            parsed.append(json.loads(line))
+    return parsed

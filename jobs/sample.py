@@ -1,6 +1,7 @@
 """`tvq sample`: a run's newest checkpoint writes text."""
 
 import functools
+import os
 import time
 from pathlib import Path
 
@@ -36,9 +37,12 @@ def sample_command(
     run = RunDirectory.existing(root, name)
     trained = load_trained_model(run)
     manifest = Manifest.load(Path(trained.recipe.data.corpus or ""))
-    tokenizer = make_tokenizer(manifest.tokenizer.kind)
+    tokenizer = make_tokenizer(manifest.tokenizer.kind, manifest.tokenizer.fingerprint)
+    # An argument need not be UTF-8: the model reads it as it was typed.
+    typed = os.fsencode(prompt)
+    prompt = typed.decode("utf-8", errors="replace")
     # Every window that the model was trained on begins with eos.
-    ids = np.concatenate([[EOS], model_ids(tokenizer, prompt.encode())]).astype(np.int32)
+    ids = np.concatenate([[EOS], model_ids(tokenizer, typed)]).astype(np.int32)
     write = jax.jit(functools.partial(sample, trained.recipe.model), static_argnames="n_tokens")
     began = time.monotonic()
     written = jax.device_get(

@@ -5,25 +5,23 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jobs import recipe as recipes
 from jobs import run_log
-from jobs.checkpoint_manifest import checkpoint_folder, complete_checkpoints
+from jobs.checkpoint_manifest import checkpoint_folder, complete_checkpoints, newest_update
 from jobs.console import Console
 from jobs.errors import ExitCode, UserError
+from jobs.loop_contract import Outcome
 from jobs.metric_spool import MetricPoint
 from jobs.recipe import Recipe
 from jobs.run_directory import Lease, RunDirectory, RunRecord
-from jobs.tracking.store import Store, embedded_store
+from jobs.tracking.store import Store, embedded_store, without_credentials
 from jobs.tracking.tracker import Tracker
 from jobs.trainer import run_loop
 from model.config import flops_per_token, parameter_count
 from pipeline.manifest import Manifest
 from pipeline.shards import check_length
-
-if TYPE_CHECKING:
-    from jobs.loop import Outcome
 
 
 class Trained(NamedTuple):
@@ -42,6 +40,7 @@ def train(
     root: Path,
     name: str,
     console: Console,
+    stated: frozenset[str] | None = None,
     on_points: Callable[[list[MetricPoint]], None] | None = None,
 ) -> Trained:
     """Trains run `name` by `recipe` to its last update, from its newest checkpoint if it has one.
@@ -51,6 +50,8 @@ def train(
         root: folder of the runs.
         name: of the run.
         console: to narrate on.
+        stated: the fields that the user stated, which a run that is resumed must have been begun
+            with; for all others the stored ones stand. None: all fields.
         on_points: is given the metric points as they arrive, in another thread.
 
     Raises:
@@ -61,14 +62,17 @@ def train(
     # An absolute path: workers and a later start need not share our working folder.
     recipe = replace(recipe, data=replace(recipe.data, corpus=str(corpus)))
     run = RunDirectory.at(root.absolute(), name)
-    recipe, record = _begin_or_resume(run, recipe, manifest)
+    recipe, record = _begin_or_resume(run, recipe, manifest, stated)
     _narrate(console, run, recipe, manifest)
 
     done = newest_update(run)
-    if done >= recipe.training.steps:
+    finished = done >= recipe.training.steps
+    if finished and run.closed_at() == done:
         console.line(f"already finished at update {done}; nothing to do (longer: training.steps=N)")
         return Trained(run, done, reused=True)
-    if done:
+    if finished:
+        console.line(f"already finished at update {done}; completing it in MLflow")
+    elif done:
         console.line(f"resuming from the checkpoint at update {done}")
 
     with Lease(run).held() as lease:
@@ -84,23 +88,25 @@ def train(
             say=console.warning,
         )
         run.request_stop(False)
-        status = "FAILED"
+        status, patience = "FAILED", 60.0
         try:
-            tracker.log_recipe(
-                recipes.flatten(recipe),
-                recipes.to_yaml(recipe),
-                "\n".join(recipes.difference(recipe, Recipe())) + "\n",
-            )
+            differences = "\n".join(recipes.difference(recipe, Recipe())) + "\n"
+            tracker.log_recipe(recipes.flatten(recipe), recipes.to_yaml(recipe), differences)
             _log_corpus(tracker, corpus, manifest)
-            outcome = _supervise(run, recipe, lease, tracker, console, on_points)
+
+            def loop() -> Outcome:
+                return Outcome(done, False) if finished else run_loop(run, recipe, lease.owner)
+
+            outcome = _supervise(run, recipe, loop, tracker, store, console, on_points)
             status = "KILLED" if outcome.stopped else "FINISHED"
         except KeyboardInterrupt:
-            status = "KILLED"
+            status, patience = "KILLED", 5.0
             raise
         finally:
-            if run_id := tracker.wait_for_run():
-                run.store_mlflow_run_id(run_id)
-            tracker.finish(status)
+            complete = tracker.finish(status, patience)
+            _note_tracking(run, tracker, store)
+            if complete and status == "FINISHED":
+                run.note_closed(newest_update(run))
             run.request_stop(False)
             run_log.close_log()
     if outcome.stopped:
@@ -109,8 +115,9 @@ def train(
             " on from there",
             ExitCode.INTERRUPTED,
         )
-    console.line(f"trained to update {outcome.update}; checkpoints in {run.checkpoints}")
-    return Trained(run, outcome.update, reused=False)
+    if not finished:
+        console.line(f"trained to update {outcome.update}; checkpoints in {run.checkpoints}")
+    return Trained(run, outcome.update, reused=finished)
 
 
 def store_of(recipe: Recipe, root: Path) -> Store:
@@ -119,9 +126,13 @@ def store_of(recipe: Recipe, root: Path) -> Store:
     return Store(uri) if uri else embedded_store(root)
 
 
-def newest_update(run: RunDirectory) -> int:
-    """The update of the run's newest complete checkpoint; 0 if there is none."""
-    return max((manifest.update for manifest in complete_checkpoints(run)), default=0)
+def store_of_run(run: RunDirectory) -> Store:
+    """The store that holds the run's MLflow run, with the environment's credentials for it."""
+    record = run.record()
+    if record is None or record.tracking_uri is None:
+        return embedded_store(run.root)
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return Store(uri if without_credentials(uri) == record.tracking_uri else record.tracking_uri)
 
 
 def _corpus_of(recipe: Recipe) -> tuple[Path, Manifest]:
@@ -130,7 +141,7 @@ def _corpus_of(recipe: Recipe) -> tuple[Path, Manifest]:
             "data.corpus: no corpus given; make one with `tvq prepare FOLDER --output corpus` and"
             " add data.corpus=corpus"
         )
-    corpus = Path(recipe.data.corpus).absolute()
+    corpus = Path(recipe.data.corpus).expanduser().absolute()
     manifest = Manifest.load(corpus)
     vocabulary = manifest.tokenizer.vocab_size
     if recipe.model.vocab_size != vocabulary:
@@ -145,24 +156,30 @@ def _corpus_of(recipe: Recipe) -> tuple[Path, Manifest]:
 
 
 def _begin_or_resume(
-    run: RunDirectory, recipe: Recipe, manifest: Manifest
+    run: RunDirectory, recipe: Recipe, manifest: Manifest, stated: frozenset[str] | None
 ) -> tuple[Recipe, RunRecord]:
     """The recipe to train by, and who the run is.
 
-    On resume the stored mathematical fields must be the same; operational ones may change.
+    On resume the stored mathematical fields stand, so that another version's defaults change
+    nothing; a stated one that differs is refused. Operational fields are those asked for.
     """
     fingerprints = {name: split.fingerprint for name, split in manifest.splits.items()}
     stored = None
     if run.record():
         stored = recipes.from_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))
     recipe = recipes.resolve(recipe, stored)
-    if stored and (changes := recipes.difference(recipe, stored, mathematical_only=True)):
-        raise UserError(
-            f"run {run.name}: exists with other mathematics; asked for (and stored):"
-            f" {'; '.join(changes)}. Give the stored values to resume it, or choose another name"
-            " with --run"
-        )
+    if stored:
+        changes = recipes.difference(recipe, stored, mathematical_only=True, only=stated)
+        if changes:
+            raise UserError(
+                f"run {run.name}: exists with other mathematics; asked for (and stored):"
+                f" {'; '.join(changes)}. Give the stored values to resume it, or choose another"
+                " name with --run"
+            )
+        recipe = recipes.with_mathematics_of(stored, recipe)
     record = run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe))
+    if not stored and record.identity != recipes.identity(recipe):
+        raise UserError(f"run {run.name}: was begun this moment by somebody else, differently")
     for split in ("train", "validation"):
         if record.fingerprints[split] != fingerprints[split]:
             raise UserError(
@@ -180,6 +197,13 @@ def _narrate(console: Console, run: RunDirectory, recipe: Recipe, manifest: Mani
     batch_tokens = recipe.training.batch_size * recipe.data.sequence_length
     where = f"{recipe.cluster.workers} Ray workers" if recipe.cluster.workers else "this process"
     console.line(f"run       {run.path}")
+    defaults = recipes.flatten(Recipe())
+    stated = (
+        f"{name}={value}"
+        for name, value in recipes.flatten(recipe).items()
+        if value != defaults[name] and name != "data.corpus"
+    )
+    console.line(f"recipe    {' '.join(stated)}")
     console.line(
         f"model     {count.trained:,} parameters + {count.codebook:,} in codebooks,"
         f" {flops_per_token(recipe.model) / 1e6:,.1f} MFLOP a token"
@@ -213,21 +237,29 @@ def _log_corpus(tracker: Tracker, corpus: Path, manifest: Manifest) -> None:
         )
 
 
+def _note_tracking(run: RunDirectory, tracker: Tracker, store: Store) -> None:
+    """Notes where the run is in MLflow, as soon as the store has answered."""
+    if run_id := tracker.wait_for_run(0):
+        beside = store == embedded_store(run.root)
+        run.store_tracking(None if beside else without_credentials(store.uri), run_id)
+
+
 def _supervise(
     run: RunDirectory,
     recipe: Recipe,
-    lease: Lease,
+    loop: Callable[[], Outcome],
     tracker: Tracker,
+    store: Store,
     console: Console,
     on_points: Callable[[list[MetricPoint]], None] | None,
-) -> "Outcome":
+) -> Outcome:
     """Runs the loop in a thread, so that Ctrl-C reaches us and not Ray, and watches over it."""
     result: list[Outcome | BaseException] = []
     ended = threading.Event()
 
     def work() -> None:
         try:
-            result.append(run_loop(run, recipe, lease.owner))
+            result.append(loop())
         except BaseException as error:
             result.append(error)
         finally:
@@ -236,7 +268,7 @@ def _supervise(
     evaluations: dict[int, dict[str, float]] = {}
     rate: float | None = None
     shown = newest_update(run)
-    tracked = {manifest.update for manifest in complete_checkpoints(run)}
+    tracked: set[int] = set()
 
     def show(points: list[MetricPoint]) -> None:
         nonlocal shown, rate
@@ -251,13 +283,15 @@ def _supervise(
         if on_points:
             on_points(points)
 
-    def track_checkpoints(*, last: bool = False) -> None:
+    def track(*, last: bool = False) -> None:
+        _note_tracking(run, tracker, store)
         for manifest in complete_checkpoints(run):
             # Its evaluation is in the spool before it is committed, and shown soon after.
             if manifest.update not in tracked and (manifest.update <= shown or last):
                 tracked.add(manifest.update)
-                uri = checkpoint_folder(run, manifest.update).as_uri()
-                tracker.log_checkpoint(manifest.update, uri, evaluations.get(manifest.update, {}))
+                folder = checkpoint_folder(run, manifest.update)
+                metrics = evaluations.get(manifest.update, {})
+                tracker.log_checkpoint(manifest.update, folder.as_uri(), metrics)
 
     log = run_log.LogTail(run.logs, "rank-0")
     groups = 0
@@ -269,7 +303,7 @@ def _supervise(
         while not ended.is_set():
             try:
                 ended.wait(0.5)
-                track_checkpoints()
+                track()
                 for line in log.read():
                     if line["level"] in ("WARNING", "ERROR"):
                         console.warning(line["message"])
@@ -287,7 +321,7 @@ def _supervise(
                 run.request_stop(True)
                 console.line("Ctrl-C: saving at the next batch, then stopping (again: at once)")
         tracker.detach_spool()
-        track_checkpoints(last=True)
+        track(last=True)
     [outcome] = result
     if isinstance(outcome, BaseException):
         raise outcome

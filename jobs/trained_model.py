@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from jobs import recipe as recipes
+from jobs.checkpoint_manifest import complete_checkpoints
 from jobs.errors import UserError
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
@@ -32,7 +33,10 @@ def load_trained_model(run: RunDirectory) -> TrainedModel:
     from model.sharding import make_mesh, state_shardings
     from model.training import initial_state
 
-    recipe = recipes.from_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))
+    checkpoints = complete_checkpoints(run)
+    # The newest checkpoint's recipe: a resumed run may have its corpus elsewhere by now.
+    text = checkpoints[-1].recipe if checkpoints else run.recipe.read_text(encoding="utf-8")
+    recipe = recipes.from_yaml(text, f"the recipe of run {run.name}")
     abstract = jax.eval_shape(lambda: initial_state(recipe.model, recipe.optimizer, 0))
     shardings = state_shardings(make_mesh(jax.devices()[:1]), abstract)
     abstract = jax.tree.map(

@@ -21,7 +21,7 @@ from jobs.errors import UserError
 from jobs.recipe import from_yaml
 from jobs.run_directory import list_runs
 from jobs.tracking.store import Store, without_credentials
-from jobs.train import store_of
+from jobs.train import store_of_run
 
 _HOST = "127.0.0.1"
 _DEFAULT_PORT = 5000
@@ -101,7 +101,7 @@ def show_runs(root: Path, port: int | None, console: Console) -> None:
     if not runs:
         raise UserError(f"{root}: no runs there yet; `tvq train` makes one, --root names a folder")
     recipe = from_yaml(runs[-1].recipe.read_text(encoding="utf-8"), str(runs[-1].recipe))
-    store = store_of(recipe, root.absolute())
+    store = store_of_run(runs[-1])
     with tempfile.TemporaryDirectory(prefix="tvq-ui-") as folder:
         log = Path(folder) / "mlflow.log"
         show(store, recipe.tracking.experiment, log=log, say=console.result, port=port)

@@ -33,7 +33,7 @@ def yardsticks(corpus: Path, split: str) -> Yardsticks:
 def split_text(corpus: Path, split: str) -> bytes:
     """The text of a split, its documents joined in stored order."""
     manifest = Manifest.load(corpus)
-    tokenizer = make_tokenizer(manifest.tokenizer.kind)
+    tokenizer = make_tokenizer(manifest.tokenizer.kind, manifest.tokenizer.fingerprint)
     parts = []
     for shard in manifest.split(split).shards:
         reader = ShardReader(corpus, shard, tokenizer.dtype)

@@ -5,13 +5,17 @@ without JAX.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 """Special tokens of every vocabulary; text begins at id 3."""
 N_SPECIAL = 3
+
+_OPERATIONAL = {"operational": True}
+"""Metadata of the fields that change memory and speed, not the mathematics: no part of a run's
+identity."""
 
 
 class ConfigError(ValueError):
@@ -73,9 +77,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of activations. Parameters, scores, cache statistics and logits are never narrower than
     float32; float64 makes everything float64 and needs JAX_ENABLE_X64."""
-    remat: bool = False
+    remat: bool = field(default=False, metadata=_OPERATIONAL)
     """Recompute each layer in the backward pass instead of keeping its activations."""
-    unrolled_layers: int = 1
+    unrolled_layers: int = field(default=1, metadata=_OPERATIONAL)
     """Layers in one iteration of the scan over layers. All of them spare a shallow network the
     stacking of activations (tiny on a CPU core: 11,400 tokens/s against 9,000) for twice the
     compile time."""
@@ -204,13 +208,6 @@ def _between(field: str, value: float | int) -> None:
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{field}: must be one of {', '.join(allowed)}, got {value}")
-
-
-def preset(name: str) -> ModelConfig:
-    """The preset of that name. Raises ConfigError, listing the names, if there is none."""
-    if name not in PRESETS:
-        raise ConfigError(f"model.preset: must be one of {', '.join(PRESETS)}, got {name}")
-    return PRESETS[name]
 
 
 _PAPER = ModelConfig(

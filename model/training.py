@@ -12,7 +12,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from model.config import ModelConfig, OptimizerConfig, validate, validate_update_length
+from model.config import ConfigError, ModelConfig, OptimizerConfig, validate, validate_update_length
 from model.layers import Randomness
 from model.objective import objective, token_nats
 from model.optimizer import apply_gradients, make_optimizer
@@ -110,6 +110,10 @@ def initial_state(
 ) -> TrainState:
     """The state before the first batch. Raises ConfigError naming a field that cannot work."""
     validate(model, optimizer)
+    if model.dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ConfigError(
+            "model.dtype: float64 needs the environment variable JAX_ENABLE_X64=1, got it off"
+        )
     key = jax.random.key(seed, impl="threefry2x32")
     params, codebooks = initial_network(model, key)
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)

@@ -14,11 +14,16 @@ def temporary_name(target: Path) -> Path:
 def replace_durably(temporary: Path, target: Path) -> None:
     """Give a finished (and synced) file its name, so that it is still there after a power cut."""
     temporary.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """What was created or renamed in `folder` is still there after a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def write_json(target: Path, value: object, indent: int | None = None) -> None:

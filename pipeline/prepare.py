@@ -146,16 +146,15 @@ def prepare(
 
 def _check_settings(settings: PrepareSettings) -> None:
     validation, test = settings.validation_fraction, settings.test_fraction
-    for name, fraction in (("validation_fraction", validation), ("test_fraction", test)):
+    for option, fraction in (("--validation", validation), ("--test", test)):
         if not 0 <= fraction < 1:
-            raise CorpusError(f"data.{name}: must be at least 0 and below 1, got {fraction}")
+            raise CorpusError(f"{option}: must be at least 0 and below 1, got {fraction}")
     if validation + test >= 1:
         raise CorpusError(
-            "data.validation_fraction and data.test_fraction: must leave something to train on, "
-            f"got {validation} + {test}"
+            f"--validation and --test: must leave something to train on, got {validation} + {test}"
         )
     if settings.shard_bytes < 1:
-        raise CorpusError(f"data.shard_bytes: must be at least 1, got {settings.shard_bytes}")
+        raise CorpusError(f"shard_bytes: must be at least 1, got {settings.shard_bytes}")
 
 
 # ---------------------------------------------------------------- the plan

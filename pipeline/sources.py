@@ -5,12 +5,11 @@ moved or copied corpus keeps its ids. The text is the file's bytes, exactly: lin
 marks and invalid UTF-8 are kept.
 """
 
-import hashlib
 import os
 import re
 import stat
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -139,14 +138,6 @@ def read_parts(path: str, limit: int = PART_BYTES) -> Iterator[bytes]:
             cut = _cut(pending, limit)
             yield pending[:cut]
             pending = pending[cut:]
-
-
-def content_hash(parts: Iterable[bytes]) -> str:
-    """SHA-256 of the joined parts, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def _cut(data: bytes, limit: int) -> int:

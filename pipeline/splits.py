@@ -20,8 +20,8 @@ def assign_splits(ids: Sequence[str], validation: float, test: float) -> dict[st
     if len(ids) < needed:
         raise CorpusError(
             f"{len(ids)} document{'s are' if len(ids) != 1 else ' is'} left to split after "
-            f"filtering, at least {needed} are needed: add documents (one long text can be cut "
-            "into several files), or set data.validation_fraction and data.test_fraction to 0"
+            f"filtering, at least {needed} are needed: add documents, or cut one long text into "
+            "several files"
         )
     n_test = max(sum(p < test for p in places.values()), test > 0)
     n_validation = max(sum(test <= p < test + validation for p in places.values()), validation > 0)

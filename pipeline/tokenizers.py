@@ -79,7 +79,7 @@ def make_tokenizer(kind: str, fingerprint: str | None = None) -> Tokenizer:
     name is not the one with the `fingerprint`.
     """
     if kind != ByteTokenizer.kind:
-        raise CorpusError(f"data.tokenizer: there is no tokenizer {kind!r}; there is: bytes")
+        raise CorpusError(f"tokenizer: there is no tokenizer {kind!r}; there is: bytes")
     tokenizer = ByteTokenizer()
     if fingerprint not in (None, tokenizer.fingerprint):
         raise CorpusError(

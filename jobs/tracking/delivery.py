@@ -1,6 +1,6 @@
 """Sends what the tracker stores, in order, to a store that may be slow, down or back in an hour.
 
-Knows nothing of MLflow: `jobs/tracking.py` gives it the destination.
+Knows nothing of MLflow: `jobs/tracking/mlflow_run.py` gives it the destination.
 """
 
 import threading

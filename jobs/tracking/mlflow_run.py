@@ -104,9 +104,6 @@ class MlflowRun:
         tags = [InputTag("mlflow.data.context", context)]
         self._client.log_inputs(self.run_id, [DatasetInput(Dataset(**fields), tags)])
 
-    def log_missing(self, measurements: list[Measurement]) -> None:
-        self._log([one for one in measurements if self._stored(one) is None])
-
     def log_artifact(self, name: str, content: bytes) -> None:
         folder, _, file_name = name.rpartition("/")
         with tempfile.TemporaryDirectory() as temporary:

@@ -29,22 +29,6 @@ class RunSummary(NamedTuple):
     tags: dict[str, str]
 
 
-def runs(uri: str, experiment: str) -> list[RunSummary]:
-    """The runs of an experiment, newest first; none if there is no such experiment."""
-    with _reading(uri) as client:
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            return []
-        all_runs: list[RunSummary] = []
-        token = None
-        while True:
-            page = client.search_runs([found.experiment_id], max_results=1000, page_token=token)
-            all_runs += map(_summary, page)
-            token = page.token
-            if not token:
-                return all_runs
-
-
 def run(uri: str, run_id: str) -> RunSummary:
     """One run. Raises UserError if the store does not answer or has no such run."""
     with _reading(uri) as client:

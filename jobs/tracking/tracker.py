@@ -27,11 +27,10 @@ class Tracker:
     the policy of `jobs.tracking.delivery.Delivery`.
     """
 
-    def __init__(self, run: MlflowRun, delivery: Delivery, say: Callable[[str], None]) -> None:
+    def __init__(self, run: MlflowRun, delivery: Delivery) -> None:
         """Use `Tracker.start`."""
         self._run = run
         self._delivery = delivery
-        self._say = say
 
     @classmethod
     def start(
@@ -63,16 +62,11 @@ class Tracker:
             speak(f"off, MLflow cannot be imported ({reason(error)})")
         else:
             delivery.start()
-        return cls(run, delivery, speak)
+        return cls(run, delivery)
 
     def wait_for_run(self, timeout_s: float = 60.0) -> str | None:
         """The MLflow run id, waiting until the store has answered; None if it did not in time."""
         return self._run.run_id if self._delivery.wait_until_open(timeout_s) else None
-
-    @property
-    def experiment_id(self) -> str | None:
-        """The MLflow experiment's id; None until the store has answered."""
-        return self._run.experiment_id or None
 
     def attach_spool(self, folder: Path, on_points: Callable[[list[MetricPoint]], None]) -> None:
         """Sends what appears in the spool `folder`, and calls `on_points` with it at once.
@@ -135,27 +129,9 @@ class Tracker:
         }
         self._queue(f"corpus {name}", lambda: self._run.log_dataset(fields, context))
 
-    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Stores metrics of the driver's own; a value already stored at that step is not repeated.
-
-        Steps may come in any order, but a name must not also come through the spool.
-        """
-        time_ms = time.time_ns() // 1_000_000
-        new = [Measurement(name, float(value), time_ms, step) for name, value in values.items()]
-        self._queue("metrics", lambda: self._run.log_missing(new))
-
     def log_text(self, name: str, text: str) -> None:
         """Stores a text as artifact `name`, over an earlier one."""
         self._queue(name, lambda: self._run.log_artifact(name, text.encode()))
-
-    def log_figure(self, name: str, png_path: Path) -> None:
-        """Stores a PNG as it is now as artifact `name` (`figures/loss.png`)."""
-        try:
-            content = png_path.read_bytes()
-        except OSError as error:
-            self._say(f"{name} is left out: {reason(error)}")
-        else:
-            self._queue(name, lambda: self._run.log_artifact(name, content))
 
     def log_checkpoint(self, update: int, uri: str, metrics: Mapping[str, float]) -> None:
         """Stores a checkpoint as LoggedModel, by reference: its URI, its update, its metrics.

@@ -3,11 +3,13 @@
     python one_of_two_processes.py PORT RANK RUN_FOLDER CORPUS
 
 Prints one JSON object of what it saw; `test_several_devices.py` starts both and compares. Saves
-and restores a checkpoint on the way, as the training loop does on several hosts.
+and restores a checkpoint on the way, as the training loop does on several hosts; then restores
+again while rank 1 alone sees the newest checkpoint damaged.
 """
 
 import contextlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jobs.checkpoint_manifest import checkpoint_folder
 from jobs.checkpoints import CheckpointWriter, restore_newest
 from jobs.global_batch import GlobalBatch
 from jobs.run_directory import Fence, RunDirectory
@@ -71,16 +74,49 @@ def checkpoint(run: RunDirectory) -> dict[str, Any]:
     with contextlib.closing(writer):
         for update in (2, 4, 6):
             writer.save(state, update=update, next_batch=update, tokens=0)
-    restored = restore_newest(
-        run, {"a": jax.ShapeDtypeStruct(values.shape, jnp.float32, sharding=sharding)}
-    )
-    assert restored is not None
-    found, manifest = restored
-    same = all(
-        np.array_equal(np.asarray(shard.data), values[shard.index])
-        for shard in found["a"].addressable_shards
-    )
-    return {"update": manifest.update, "same": same, "sums": manifest.sums}
+    abstract = {"a": jax.ShapeDtypeStruct(values.shape, jnp.float32, sharding=sharding)}
+
+    def restored(run: RunDirectory) -> dict[str, Any]:
+        newest = restore_newest(run, abstract)
+        assert newest is not None
+        found, manifest = newest
+        same = all(
+            np.array_equal(np.asarray(shard.data), values[shard.index])
+            for shard in found["a"].addressable_shards
+        )
+        return {"update": manifest.update, "same": same, "sums": manifest.sums}
+
+    return restored(run) | {
+        "damaged": {harm: restored(as_seen_by_this_host(run, harm)) for harm in HARMS}
+    }
+
+
+def as_seen_by_this_host(run: RunDirectory, harm: str) -> RunDirectory:
+    """The run; for rank 1 a copy of it whose newest checkpoint is harmed."""
+    if jax.process_index() == 0:
+        return run
+    copy = RunDirectory(run.path.with_name(f"seen by rank 1, {harm}"))
+    shutil.copytree(run.path, copy.path)
+    HARMS[harm](checkpoint_folder(copy, 6))
+    return copy
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "state" / "manifest.ocdbt"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def overwrite(folder: Path) -> None:
+    path = folder / "state" / "manifest.ocdbt"
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def unlist(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+HARMS = {"length": truncate, "content": overwrite, "listing": unlist}
+"""What a host finds out by the length check, as it reads, and before both."""
 
 
 def main() -> None:

@@ -18,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import SingleDeviceSharding
 
+from jobs import checkpoint_manifest
 from jobs.checkpoint_manifest import (
     CheckpointManifest,
     DamagedCheckpointError,
     checkpoint_folder,
     complete_checkpoints,
+    remove,
     write,
 )
 from jobs.checkpoints import CheckpointWriter, leaf_sums, restore, restore_newest
@@ -464,6 +466,29 @@ def test_a_damaged_manifest_is_named_and_the_one_before_taken(
     assert_same(copied(state), copied(small_state(2)))
     assert len(errors) == 1
     assert str(path) in errors[0]
+
+
+def test_a_manifest_that_cannot_be_read_is_named_and_skipped(two: RunDirectory, errors: list[str]):
+    path = checkpoint_folder(two, 4) / "manifest.json"
+    path.unlink()
+    path.mkdir()
+    assert [manifest.update for manifest in complete_checkpoints(two)] == [2]
+    assert len(errors) == 1
+    assert f"{path}: IsADirectoryError" in errors[0]
+
+
+def test_a_checkpoint_that_is_retired_after_it_was_listed_does_not_exist(
+    two: RunDirectory, errors: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    read = checkpoint_manifest._read
+
+    def read_late(path: Path) -> CheckpointManifest:
+        remove(two, 2)
+        return read(path)
+
+    monkeypatch.setattr(checkpoint_manifest, "_read", read_late)
+    assert [manifest.update for manifest in complete_checkpoints(two)] == [4]
+    assert errors == []
 
 
 def test_a_flipped_bit_anywhere_in_the_manifest_is_detected_or_harmless(two: RunDirectory):

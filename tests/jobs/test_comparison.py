@@ -20,6 +20,7 @@ from jobs.comparison import (
 )
 from jobs.errors import UserError
 from jobs.metric_spool import MetricPoint, MetricSpool
+from jobs.tracking.reading import add_to_run
 from jobs.tracking.store import embedded_store
 from jobs.tracking.tracker import Tracker
 
@@ -55,10 +56,10 @@ def candidates(tmp_path_factory: pytest.TempPathFactory) -> list[Candidate]:
         recipe = {"model": {"compressive_cache": run == 0, "d_model": 64}, "training": {"seed": 0}}
         tracker.log_recipe(recipe | ({"only": {"here": 1}} if run else {}), "", "")
         tracker.attach_spool(root / name, lambda points: None)
-        tracker.log_metrics({"test/bits_per_byte": 2.5 + run}, last)
         run_id = tracker.wait_for_run()
         assert run_id
         assert tracker.finish("FINISHED")
+        add_to_run(store.uri, run_id, {"test/bits_per_byte": 2.5 + run}, last)
         found.append(Candidate(name, run_id, store.uri))
     return found
 

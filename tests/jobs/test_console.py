@@ -73,12 +73,11 @@ def test_plain_lines_are_what_was_said_however_long_and_odd(pipe: Pipe):
     pipe.console.line(f"corpus {path}")
     pipe.console.result("done")
     assert pipe.lines() == ["", "== prepare", f"corpus {path}", "done"]
-    pipe.console.error("no corpus")
     pipe.console.warning("slow")
-    assert pipe.err.getvalue() == "error: no corpus\nwarning: slow\n"
+    assert pipe.err.getvalue() == "warning: slow\n"
 
 
-def test_quiet_leaves_results_and_errors():
+def test_quiet_leaves_results_and_warnings():
     pipe = Pipe(quiet=True)
     pipe.console.heading("prepare")
     pipe.console.line("narration")
@@ -87,10 +86,10 @@ def test_quiet_leaves_results_and_errors():
     pipe.console.result("2.05 bits/byte")
     pipe.console.table(["a"], [[1]])
     pipe.console.json({"a": 1})
-    pipe.console.error("e")
+    pipe.console.warning("w")
     assert pipe.lines()[:3] == ["2.05 bits/byte", "a", "1"]
     assert json.loads("\n".join(pipe.lines()[3:])) == {"a": 1}
-    assert pipe.err.getvalue() == "error: e\n"
+    assert pipe.err.getvalue() == "warning: w\n"
 
 
 def test_a_plain_table_is_aligned_with_numbers_to_the_right(pipe: Pipe):

@@ -255,8 +255,16 @@ def test_a_run_is_found_by_name_or_path_and_others_are_listed(run: RunDirectory,
 def test_the_tracker_id_is_stored_beside_the_rest(run: RunDirectory):
     before = run.record()
     assert isinstance(before, RunRecord)
-    run.store_mlflow_run_id("42")
-    assert run.record() == dataclasses.replace(before, mlflow_run_id="42")
+    run.store_tracking("http://host", "42")
+    noted = dataclasses.replace(before, mlflow_run_id="42", tracking_uri="http://host")
+    assert run.record() == noted
+
+
+def test_a_run_is_closed_at_the_update_last_noted(run: RunDirectory):
+    assert run.closed_at() is None
+    run.note_closed(40)
+    run.note_closed(48)
+    assert RunDirectory(run.path).closed_at() == 48
 
 
 def test_a_stop_is_asked_for_and_taken_back(run: RunDirectory):

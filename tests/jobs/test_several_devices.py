@@ -128,6 +128,13 @@ def test_what_the_hosts_load_is_the_batch_that_one_host_loads(two: Two, mesh: st
     assert [seen["batches"][mesh]["loaded"] for seen in two.seen] == [expected, expected]
 
 
+@pytest.mark.parametrize("harm", ["length", "content", "listing"])
+def test_damage_that_one_host_sees_makes_both_take_the_one_before(two: Two, harm: str):
+    for seen in two.seen:
+        assert seen["checkpoint"]["damaged"][harm]["update"] == 4
+        assert seen["checkpoint"]["damaged"][harm]["same"]
+
+
 def test_two_hosts_save_one_checkpoint_that_one_host_restores(two: Two):
     values = np.arange(40, dtype=np.float32).reshape(8, 5) ** 2
     for seen in two.seen:

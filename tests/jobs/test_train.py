@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,21 @@ def test_finished_run_is_left_as_it_is(workplace, undisturbed):
     output = finished(start(workplace, "undisturbed"))
     assert f"already finished at update {STEPS}; nothing to do" in output
     assert {path: path.stat().st_mtime_ns for path in undisturbed.path.rglob("*")} == before
+
+
+@pytest.mark.tracking
+def test_finished_run_that_mlflow_does_not_know_as_such_is_completed(workplace, undisturbed):
+    """As after a server that was down at the end, or a kill behind the last commit."""
+    run = RunDirectory(workplace / "runs" / "reopened")
+    shutil.copytree(undisturbed.path, run.path)
+    (run.path / "closed.json").unlink()
+    fields = json.loads((run.path / "run.json").read_text())
+    fields |= {"name": "reopened", "run_key": "another", "mlflow_run_id": None}
+    (run.path / "run.json").write_text(json.dumps(fields))
+    output = finished(start(workplace, "reopened"))
+    assert f"already finished at update {STEPS}; completing it in MLflow" in output
+    assert summary(run).status == "FINISHED"
+    assert "nothing to do" in finished(start(workplace, "reopened"))
 
 
 @pytest.mark.tracking

@@ -80,12 +80,16 @@ def processes_with(text: str) -> list[str]:
 def test_the_ui_shows_the_experiment_and_ctrl_c_ends_every_process(
     tmp_path: Path, signal_number: int
 ):
+    from mlflow import MlflowClient
+
     root = tmp_path / "a root"
     store = embedded_store(root)
     tracker = Tracker.start(store.uri, "ä b", "r", "k", artifact_location=store.artifact_location)
     tracker.log_text("a.txt", "x")
-    experiment = tracker.wait_for_run() and tracker.experiment_id
+    run_id = tracker.wait_for_run()
+    assert run_id
     assert tracker.finish("FINISHED")
+    experiment = MlflowClient(store.uri).get_run(run_id).info.experiment_id
     program = f"""
 from pathlib import Path
 from jobs import ui

@@ -13,7 +13,6 @@ from model.config import (
     OptimizerConfig,
     flops_per_token,
     parameter_count,
-    preset,
     validate,
     validate_update_length,
 )
@@ -71,22 +70,17 @@ def test_updates_must_divide_the_window():
             validate_update_length(1024, update_length)
 
 
-def test_an_unknown_preset_lists_the_known():
-    with pytest.raises(ConfigError, match="tiny, small, enwik8, pg19, imagenet64, got large"):
-        preset("large")
-
-
 @pytest.mark.parametrize(
     ("name", "trained"),
     [("enwik8", 184_509_446), ("pg19", 1_311_489_280), ("imagenet64", 1_246_451_972)],
 )
 def test_parameter_counts_of_the_paper(name, trained):
-    assert parameter_count(preset(name)) == (trained, 3_170_304)
+    assert parameter_count(PRESETS[name]) == (trained, 3_170_304)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_counted_parameters_are_those_made(name):
-    config = preset(name)
+    config = PRESETS[name]
     validate(config)
     state = jax.eval_shape(lambda: initial_state(config, CONSTANT, 0))
 
@@ -97,7 +91,7 @@ def test_counted_parameters_are_those_made(name):
 
 
 def test_flops_are_linear_in_depth_and_more_with_the_cache():
-    config = preset("tiny")
+    config = PRESETS["tiny"]
     one, two, three = (flops_per_token(replace(config, n_layers=n)) for n in (1, 2, 3))
     assert three - two == two - one
     without = replace(config, compressive_cache=False)

@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from model.config import ConfigError
 from model.layers import Purpose, Randomness, keep, keep_by_row
-from model.training import evaluation_step, train_step
+from model.training import evaluation_step, initial_state, train_step
 from model.transformer import bind, initial_cache
 from tests.model import toy
 from tests.model.golden import Rows
@@ -164,6 +164,13 @@ def test_update_length_must_divide(step):
     batch = toy.rows(length=20)
     with pytest.raises(ConfigError, match=r"^training\.update_length: must divide .* 20, got 8"):
         step(toy.state(), batch)
+
+
+def test_float64_without_its_environment_variable_is_refused():
+    with pytest.raises(ConfigError, match=r"^model\.dtype: float64 needs .* JAX_ENABLE_X64=1"):
+        initial_state(toy.MODEL64, toy.OPTIMIZER, 0)
+    with jax.enable_x64(True):
+        assert jax.eval_shape(lambda: initial_state(toy.MODEL64, toy.OPTIMIZER, 0))
 
 
 def test_remat_and_unrolling_change_nothing(step):

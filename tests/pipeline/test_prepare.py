@@ -340,10 +340,10 @@ def test_an_empty_folder_and_one_inside_the_source_are_fine(source, prepare):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"tokenizer": "byte"}, "data.tokenizer: there is no tokenizer 'byte'"),
-        ({"test_fraction": 1.5}, "data.test_fraction: must be at least 0 and below 1, got 1.5"),
+        ({"tokenizer": "byte"}, "^tokenizer: there is no tokenizer 'byte'"),
+        ({"test_fraction": 1.5}, "^--test: must be at least 0 and below 1, got 1.5"),
         ({"validation_fraction": 0.6, "test_fraction": 0.5}, "must leave something to train on"),
-        ({"shard_bytes": 0}, "data.shard_bytes: must be at least 1, got 0"),
+        ({"shard_bytes": 0}, "^shard_bytes: must be at least 1, got 0"),
     ],
 )
 def test_wrong_settings_are_named(source, prepare, tmp_path, changed, message):

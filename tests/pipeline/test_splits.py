@@ -43,7 +43,9 @@ def test_golden():
 
 
 def test_too_few_documents():
-    with pytest.raises(CorpusError, match=r"2 documents are left .* at least 3 are needed"):
+    with pytest.raises(
+        CorpusError, match=r"2 documents are left .* at least 3 are needed: add documents, or cut"
+    ):
         assign_splits(["a", "b"], 0.05, 0.05)
     with pytest.raises(CorpusError, match=r"0 documents are left .* at least 1 are needed"):
         assign_splits([], 0, 0)

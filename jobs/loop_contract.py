@@ -1,0 +1,28 @@
+"""What the training loop is given and what it gives back; needs no JAX, so that the driver can."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from jobs.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What every process of a training is given."""
+
+    run: Path
+    """The run directory, absolute."""
+    recipe: Recipe
+    """Resolved."""
+    lease_owner: str
+    """Of the driver on whose behalf the loop writes."""
+
+
+class Outcome(NamedTuple):
+    """How a loop ended."""
+
+    update: int
+    """The last update made; it is in a checkpoint."""
+    stopped: bool
+    """Whether it was asked to stop before the recipe's last update."""
