@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -53,6 +55,7 @@ def ray_session(address: str | None, *, cpus: int) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
             object_store_memory=_OBJECT_STORE_BYTES,
+            runtime_env=_quoted_python(),
         )
     # Ray prints the raylet's messages (a killed worker: a page of text) on our stdout, whatever
     # log_to_driver says, and has no setting for it.
@@ -64,6 +67,13 @@ def ray_session(address: str | None, *, cpus: int) -> Iterator[None]:
     finally:
         ray.shutdown()
         ray_worker.print_worker_logs = printer
+
+
+def _quoted_python() -> dict[str, str] | None:
+    # Ray puts the path of this Python into a line of shell, unquoted (ray 2.60): a checkout in a
+    # folder with spaces could not start a worker.
+    quoted = shlex.quote(sys.executable)
+    return {"py_executable": quoted} if quoted != sys.executable else None
 
 
 def _to_log(data: dict[str, Any], sink: TextIO, ignore_prefix: bool) -> None:
