@@ -13,7 +13,7 @@ test: .venv/installed lint
 
 # Seconds to a verdict while editing: no Ray, no MLflow server.
 quick: .venv/installed lint
-	.venv/bin/python -m pytest -m "not ray and not slow and not cluster and not browser and not tracking" -x -q
+	.venv/bin/python -m pytest -m "not (ray or tracking or compiles or slow or cluster or browser)" -x -q
 
 test-all: .venv/installed lint
 	.venv/bin/python -m pytest -m ""

@@ -34,6 +34,8 @@ from model.config import PRESETS, OptimizerConfig
 from model.training import TrainState, initial_state, train_step
 from pipeline.loader import Batch
 
+pytestmark = pytest.mark.compiles
+
 MASK = 0xFFFFFFFF
 
 

@@ -24,6 +24,8 @@ from jobs.tracking.reading import add_to_run
 from jobs.tracking.store import embedded_store
 from jobs.tracking.tracker import Tracker
 
+pytestmark = pytest.mark.tracking
+
 NAMES = ("full cache", "no cache")
 
 

@@ -20,6 +20,8 @@ from jobs.run_directory import RunDirectory
 from pipeline.loader import training_batches
 from tests.micro import write_micro
 
+pytestmark = pytest.mark.compiles
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 

@@ -19,6 +19,8 @@ from jobs.tracking.reading import history
 from jobs.tracking.store import Store, embedded_store
 from jobs.tracking.tracker import Tracker
 
+pytestmark = pytest.mark.tracking
+
 REPOSITORY = Path(__file__).parents[2]
 LOSS = "train/loss_nats_per_token"
 

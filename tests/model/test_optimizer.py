@@ -12,6 +12,8 @@ from model.config import OptimizerConfig
 from model.optimizer import apply_gradients, decay_mask, make_optimizer, schedule_multiplier
 from tests.model import toy
 
+pytestmark = pytest.mark.compiles
+
 CONFIG = OptimizerConfig(
     learning_rate=1e-2,
     schedule="cosine",

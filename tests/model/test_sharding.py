@@ -11,6 +11,8 @@ from model.sharding import TABLE, batch_sharding, make_mesh, replicated, state_s
 from model.training import train_step
 from tests.model import toy
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.mark.parametrize("axes", [{"data": 2}, {"fsdp": 2, "data": 1}, {"tensor": 2, "data": 1}])
 def test_two_devices_are_one(float64, axes):

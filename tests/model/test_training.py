@@ -16,6 +16,8 @@ from model.transformer import bind, initial_cache
 from tests.model import toy
 from tests.model.golden import Rows
 
+pytestmark = pytest.mark.compiles
+
 UPDATE_LENGTH = 8
 
 
