@@ -12,7 +12,7 @@ from jobs.console import Console
 from jobs.errors import UserError
 from jobs.run_directory import RunDirectory
 from jobs.trained_model import TrainedModel, load_trained_model
-from jobs.units import bits_per_byte
+from jobs.units import bits_per_byte, targets_of
 from jobs.yardsticks import Yardsticks, yardsticks
 from pipeline.manifest import Manifest, Split
 
@@ -92,7 +92,7 @@ def evaluate(
 
     recipe = trained.recipe
     step = jax.jit(functools.partial(evaluation_step, recipe.model))
-    expected = held_out.tokens + (held_out.documents if recipe.data.window == "stream" else 0)
+    expected = targets_of(held_out, recipe.data.window)
     nats, targets, windows = 0.0, 0, 0
     began, scored = None, 0
     batches = evaluation_batches(

@@ -31,7 +31,7 @@ class Trained(NamedTuple):
     update: int
     """Its last update, which is in a checkpoint."""
     reused: bool
-    """Whether the run had finished before and nothing was done."""
+    """Whether the run had finished before and no update was made."""
 
 
 def train(
@@ -179,7 +179,10 @@ def _begin_or_resume(
         recipe = recipes.with_mathematics_of(stored, recipe)
     record = run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe))
     if not stored and record.identity != recipes.identity(recipe):
-        raise UserError(f"run {run.name}: was begun this moment by somebody else, differently")
+        raise UserError(
+            f"run {run.name}: was begun this moment by another process with other mathematics;"
+            " choose another name with --run"
+        )
     for split in ("train", "validation"):
         if record.fingerprints[split] != fingerprints[split]:
             raise UserError(
