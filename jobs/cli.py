@@ -204,14 +204,40 @@ def evaluate(run: str, split: str, root: Path, as_json: bool) -> None:
     epilog="""\b
 Examples:
   tvq sample tiny --prompt "def main("
-  tvq sample tiny --tokens 500 --temperature 0.8 --top-p 0.95 --seed 7"""
+  tvq sample tiny --tokens 500 --temperature 0.8 --top-p 0.95 --seed 7
+  tvq sample tiny --prompts lines.txt --samples 4 --top-k 40 --json"""
 )
 @click.argument("run")
-@click.option("--prompt", default="", help="Text to go on from; default: the start of a document.")
+@click.option(
+    "--prompt", "prompts", multiple=True,
+    help="Text to go on from; may be repeated; default: the start of a document.",
+)  # fmt: skip
+@click.option(
+    "--prompts", "prompts_file", type=click.Path(path_type=Path),
+    help="File with a prompt on each line.",
+)  # fmt: skip
+@click.option(
+    "--samples", type=click.IntRange(1), default=1, show_default=True, help="Of each prompt."
+)
 @click.option("--tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True)
-@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.8, show_default=True,
+    help="0: the likeliest token.",
+)  # fmt: skip
+@click.option(
+    "--top-k", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True,
+    help="Draw from so many of the likeliest tokens; 0: from all.",
+)  # fmt: skip
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True,
+    help="Draw from the likeliest tokens that have this probability together.",
+)  # fmt: skip
+@click.option(
+    "--min-p", type=click.FloatRange(0, 1), default=0, show_default=True,
+    help="Leave out tokens with less than this share of the likeliest one's probability.",
+)  # fmt: skip
+@click.option("--ignore-eos", is_flag=True, help="Write all tokens: never end the document.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @_root_option
 @_json_option
 def sample(run: str, root: Path, as_json: bool, **options: Any) -> None:
@@ -219,6 +245,85 @@ def sample(run: str, root: Path, as_json: bool, **options: Any) -> None:
     from jobs.sample import sample_command
 
     sample_command(root, run, console=_console(as_json), as_json=as_json, **options)
+
+
+@cli.group(
+    cls=_Group,
+    epilog="""\b
+Examples:
+  tvq bench train small
+  tvq bench attention small""",
+)
+def bench() -> None:
+    """Time the forms of attention against each other and against this machine's peak."""
+
+
+def _bench_options(command: Any) -> Any:
+    options = (
+        click.argument("name", metavar="[PRESET|RECIPE]", default="small"),
+        click.argument("overrides", nargs=-1),
+        click.option(
+            "--lengths", default="2048,8192,32768", show_default=True, help="Tokens of a row (T)."
+        ),
+        click.option(
+            "--forms",
+            default="serial,parallel,dense,full-chunked,full-dense",
+            show_default=True,
+            help="Forms of attention; the others are compared with the first. full-: over keys that"
+            " are not quantised.",
+        ),
+        click.option("--rounds", type=click.IntRange(1), default=5, show_default=True),
+        click.option(
+            "--seconds", type=click.FloatRange(0), default=0.5, show_default=True,
+            help="Repeat a program in a round for so long.",
+        ),
+        click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True),
+        _json_option,
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@bench.command(
+    name="attention",
+    epilog="""\b
+Examples:
+  tvq bench attention
+  tvq bench attention small --lengths 2048,8192 --forms serial,full-chunked
+  tvq bench attention small model.block_length=128 --json""",
+)
+@_bench_options
+def bench_attention(as_json: bool, **options: Any) -> None:
+    """Time one layer of a model, forward and backward.
+
+    A figure is the median of the rounds, in which all forms take turns. OVERRIDES are
+    section.field=value.
+    """
+    from jobs.bench import bench_command
+
+    bench_command("attention", console=_console(as_json), as_json=as_json, **options)
+
+
+@bench.command(
+    name="train",
+    epilog="""\b
+Examples:
+  tvq bench train
+  tvq bench train small --lengths 131072 --forms serial,parallel
+  tvq bench train small --lengths 8192 --update-length 2048 model.block_length=128 --json""",
+)
+@_bench_options
+@click.option("--update-length", type=click.IntRange(1), help="Tokens of an update; default: T.")
+def bench_train(as_json: bool, **options: Any) -> None:
+    """Time a training step of a whole model: forward, backward, optimizer.
+
+    A figure is the median of the rounds, in which all forms take turns. OVERRIDES are
+    section.field=value.
+    """
+    from jobs.bench import bench_command
+
+    bench_command("train", console=_console(as_json), as_json=as_json, **options)
 
 
 @cli.command(

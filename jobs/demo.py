@@ -66,7 +66,14 @@ def demo(source: str | None, output: Path, console: Console) -> None:
     console.heading(f"sample {FULL}")
     prompt = "" if source else "class "
     sample_command(
-        runs, FULL, prompt=prompt, tokens=300, temperature=0.7, top_p=0.95, seed=1, console=console
+        runs,
+        FULL,
+        prompts=(prompt,),
+        tokens=300,
+        temperature=0.7,
+        top_p=0.95,
+        seed=1,
+        console=console,
     )
 
     console.heading(f"compare {FULL} {WINDOW}")

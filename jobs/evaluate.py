@@ -10,6 +10,7 @@ import numpy as np
 
 from jobs.console import Console
 from jobs.errors import UserError
+from jobs.host_memory import keep_freed_memory
 from jobs.run_directory import RunDirectory
 from jobs.trained_model import TrainedModel, load_trained_model
 from jobs.units import bits_per_byte, targets_of
@@ -40,6 +41,7 @@ def evaluate_command(
 ) -> Evaluation:
     """Evaluates, prints, and adds the figures to the run in MLflow."""
     run = RunDirectory.existing(root, name)
+    keep_freed_memory()
     trained = load_trained_model(run)
     corpus = Path(trained.recipe.data.corpus or "")
     manifest = Manifest.load(corpus)

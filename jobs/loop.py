@@ -12,14 +12,15 @@ import jax
 from jobs import run_log
 from jobs.checkpoints import CheckpointWriter, restore_newest
 from jobs.global_batch import GlobalBatch
+from jobs.host_memory import keep_freed_memory
 from jobs.loop_contract import LoopSettings, Outcome
 from jobs.metric_spool import MetricSpool
 from jobs.recipe import to_yaml
 from jobs.recorder import Recorder
 from jobs.run_directory import Fence, RunDirectory
 from jobs.units import bits_per_byte
-from model.sharding import batch_sharding, make_mesh, state_shardings
-from model.training import evaluation_step, initial_state, train_step
+from model.sharding import abstract_state, batch_sharding, make_mesh
+from model.training import evaluation_step, initial_state, kmeans_codebooks, train_step
 from pipeline.loader import evaluation_batches, training_batches
 from pipeline.manifest import Manifest
 
@@ -31,6 +32,7 @@ def train(settings: LoopSettings) -> Outcome:
     manifest = Manifest.load(corpus)
     primary = jax.process_index() == 0
     run_log.open_log(run.logs, f"rank-{jax.process_index()}")
+    keep_freed_memory()
     run_log.event("group start", rank=jax.process_index(), worker_pid=os.getpid())
 
     # ---- Mesh: which device does what -----------------------------------------------------------
@@ -42,12 +44,8 @@ def train(settings: LoopSettings) -> Outcome:
     def create():
         return initial_state(recipe.model, recipe.optimizer, recipe.training.seed)
 
-    shardings = state_shardings(mesh, jax.eval_shape(create))
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(create),
-        shardings,
-    )
+    abstract = abstract_state(mesh, recipe.model, create)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     fence = Fence(run, settings.lease_owner)
     if primary:
         fence.raise_over_others()
@@ -71,6 +69,13 @@ def train(settings: LoopSettings) -> Outcome:
         out_shardings=(shardings, None, None),
         donate_argnums=0,
     )
+    start_codebooks = jax.jit(
+        lambda state, batch: kmeans_codebooks(
+            recipe.model, recipe.training.update_length, state, batch
+        ),
+        out_shardings=shardings,
+        donate_argnums=0,
+    )
     evaluate = jax.jit(
         lambda state, batch: (
             evaluation_step(recipe.model, state.params, state.codebooks, batch).sum(),
@@ -82,6 +87,7 @@ def train(settings: LoopSettings) -> Outcome:
     recorder = Recorder(
         MetricSpool(run.metrics) if primary else None,
         tokens=tokens,
+        codebooks=recipe.model.quantized_keys,
         bits_per_byte=lambda nats: bits_per_byte(
             nats, manifest.splits["train"], recipe.data.window
         ),
@@ -135,6 +141,8 @@ def train(settings: LoopSettings) -> Outcome:
     with contextlib.closing(batches), contextlib.closing(writer), jax.transfer_guard("disallow"):
         while update < recipe.training.steps and not stopped:
             batch = layout.place(next(batches))
+            if update == 0 and recipe.model.kmeans_iterations:
+                state = start_codebooks(state, batch)
             stop = layout.flag(run.stop_requested())
             state, metrics, stop = step(state, batch, stop)
             update, next_batch = update + recipe.updates_per_batch, next_batch + 1

@@ -26,6 +26,7 @@ class Recorder:
         spool: MetricSpool | None,
         *,
         tokens: int,
+        codebooks: bool = True,
         bits_per_byte: Callable[[float], float],
         clock: Callable[[], float] = time.time,
     ):
@@ -33,9 +34,11 @@ class Recorder:
         Args:
             spool: where the points go; None on all processes but one.
             tokens: unmasked targets that the state has been trained on already.
+            codebooks: whether the model has any, whose health is to be recorded.
             bits_per_byte: of a loss of the training split, nats per token.
         """
         self.tokens = tokens
+        self._codebooks = codebooks
         self._spool = spool
         self._bits_per_byte = bits_per_byte
         self._clock = clock
@@ -90,10 +93,14 @@ class Recorder:
                 "train/learning_rate": float(metrics.learning_rate[i]),
                 "train/loss_spike_sigmas": float(metrics.loss_spike_sigmas[i]),
                 "train/skipped_updates": int(metrics.skipped_updates[i]),
-                "codebook/perplexity_codes": float(metrics.codebook_perplexity[i]),
-                "codebook/usage_fraction": float(metrics.codebook_usage[i]),
-                "codebook/relative_error": float(metrics.relative_error[i]),
             }
+            if self._codebooks:
+                values |= {
+                    "codebook/perplexity_codes": float(metrics.codebook_perplexity[i]),
+                    "codebook/usage_fraction": float(metrics.codebook_usage[i]),
+                    "codebook/relative_error": float(metrics.relative_error[i]),
+                    "codebook/dead_codes": float(metrics.dead_codes[i]),
+                }
             if before is not None and i == n_updates - 1:
                 values["perf/tokens_per_second"] = batch_tokens / max(now - before, 1e-9)
             self._append(last_update - n_updates + 1 + i, values)

@@ -1,74 +1,164 @@
 """`tvq sample`: a run's newest checkpoint writes text."""
 
 import functools
+import math
 import os
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from jobs.console import Console
+from jobs.errors import UserError
 from jobs.run_directory import RunDirectory
-from jobs.trained_model import load_trained_model
+from jobs.trained_model import TrainedModel, load_trained_model
 from pipeline.manifest import Manifest
 from pipeline.tokenizers import EOS, make_tokenizer, model_ids, text_of
+
+if TYPE_CHECKING:
+    from model.sampling import Filters
+
+
+class Sample(NamedTuple):
+    """One continuation of one prompt."""
+
+    prompt: str
+    text: str
+    """What follows the prompt."""
+    tokens: int
+    """Of the text."""
+    ended: bool
+    """Whether the model ended the document there."""
 
 
 def sample_command(
     root: Path,
     name: str,
     *,
-    prompt: str,
+    prompts: Sequence[str] = (),
+    prompts_file: Path | None = None,
+    samples: int = 1,
     tokens: int,
     temperature: float,
+    top_k: int = 0,
     top_p: float,
+    min_p: float = 0.0,
+    ignore_eos: bool = False,
     seed: int,
     console: Console,
     as_json: bool = False,
-) -> str:
-    """Samples, prints the prompt and what follows it, and returns what follows.
+) -> list[Sample]:
+    """Samples, prints each prompt and what follows it, and returns what it printed.
 
-    The text ends where the model ends the document, or after `tokens` tokens.
+    The prompts are `prompts`, then the lines of `prompts_file`; without any, the start of a
+    document. Each is gone on from `samples` times. A text ends where the model ends the
+    document, or after `tokens` tokens. Sample s of prompt p is row p * samples + s, by which it
+    draws: whatever else is sampled with it, the same row of the same seed reads the same.
     """
-    import jax
+    from model.sampling import Filters
 
-    from model.sampling import sample
+    for option, value in (("temperature", temperature), ("top-p", top_p), ("min-p", min_p)):
+        if not math.isfinite(value):
+            raise UserError(f"--{option}: needs a finite number, got {value}")
+    # An argument need not be UTF-8: the model reads it as it was typed.
+    typed = [os.fsencode(text) for text in prompts]
+    typed += [] if prompts_file is None else _lines(prompts_file)
+    typed = [text for text in typed or [b""] for _ in range(samples)]
 
     run = RunDirectory.existing(root, name)
     trained = load_trained_model(run)
     manifest = Manifest.load(Path(trained.recipe.data.corpus or ""))
     tokenizer = make_tokenizer(manifest.tokenizer.kind, manifest.tokenizer.fingerprint)
-    # An argument need not be UTF-8: the model reads it as it was typed.
-    typed = os.fsencode(prompt)
-    prompt = typed.decode("utf-8", errors="replace")
-    # Every window that the model was trained on begins with eos.
-    ids = np.concatenate([[EOS], model_ids(tokenizer, typed)]).astype(np.int32)
-    write = jax.jit(functools.partial(sample, trained.recipe.model), static_argnames="n_tokens")
     began = time.monotonic()
-    written = jax.device_get(
-        write(
-            trained.params,
-            trained.codebooks,
-            ids[None],
-            n_tokens=tokens,
-            key=jax.random.key(seed),
-            temperature=temperature,
-            top_p=top_p,
-        )
-    )[0]
-    ends = np.flatnonzero(written == EOS)
-    count = int(ends[0]) if len(ends) else tokens
-    text = text_of(tokenizer, written[:count]).decode("utf-8", errors="replace")
+    written = _write(
+        trained,
+        # Every window that the model was trained on begins with eos.
+        [np.concatenate([[EOS], model_ids(tokenizer, text)]).astype(np.int32) for text in typed],
+        tokens,
+        seed,
+        Filters(temperature, top_k, top_p, min_p, ignore_eos),
+    )
+    seconds = time.monotonic() - began
+    drawn = []
+    for text, ids in zip(typed, written, strict=True):
+        ends = np.flatnonzero(ids == EOS)
+        count = int(ends[0]) if len(ends) else tokens
+        follows = text_of(tokenizer, ids[:count])
+        drawn.append(Sample(_readable(text), _readable(follows), count, bool(len(ends))))
+
     if as_json:
         console.json(
-            {"run": run.name, "update": trained.update, "prompt": prompt, "text": text,
-             "tokens": count, "ended": bool(len(ends)), "seed": seed}
+            {"run": run.name, "update": trained.update, "seed": seed,
+             "samples": [sample._asdict() for sample in drawn]}
         )  # fmt: skip
-        return text
+        return drawn
     console.line(
-        f"{run.name} at update {trained.update}: {count} tokens in"
-        f" {time.monotonic() - began:.1f} s with compilation"
-        + (", ended by itself" if len(ends) else "")
+        f"{run.name} at update {trained.update}:"
+        + (f" {len(drawn)} samples," if len(drawn) > 1 else "")
+        + f" {sum(sample.tokens for sample in drawn)} tokens in {seconds:.1f} s with compilation"
+        + (", ended by itself" if len(drawn) == 1 and drawn[0].ended else "")
     )
-    console.result(prompt + text)
-    return text
+    for number, sample in enumerate(drawn, start=1):
+        if len(drawn) > 1:
+            ended = ", ended by itself" if sample.ended else ""
+            console.heading(f"sample {number} of {len(drawn)}: {sample.tokens} tokens{ended}")
+        console.result(sample.prompt + sample.text)
+    return drawn
+
+
+def _write(
+    trained: TrainedModel,
+    prompts: Sequence[npt.NDArray[np.int32]],
+    n_tokens: int,
+    seed: int,
+    filters: "Filters",
+) -> npt.NDArray[np.int32]:
+    """What follows each of the prompts [rows, n_tokens]; pad after eos.
+
+    The rows of a batch are at one position, so prompts of one length are read and gone on from
+    together. Another length compiles the reading anew, and decoding only if its number of rows is
+    another.
+    """
+    import jax
+
+    from model.sampling import decode, prefill
+
+    read = jax.jit(functools.partial(prefill, trained.recipe.model), static_argnames="capacity")
+    go_on = jax.jit(functools.partial(decode, trained.recipe.model), static_argnames="n_tokens")
+    written = np.empty((len(prompts), n_tokens), np.int32)
+    by_length = defaultdict(list)
+    for row, prompt in enumerate(prompts):
+        by_length[len(prompt)].append(row)
+    for rows in by_length.values():
+        batch = np.stack([prompts[row] for row in rows])
+        capacity = batch.shape[1] + n_tokens
+        prefilled = read(trained.params, trained.codebooks, batch, capacity=capacity)
+        decoded = go_on(
+            trained.params,
+            trained.codebooks,
+            prefilled,
+            np.array(rows, np.int32),
+            n_tokens=n_tokens,
+            key=jax.random.key(seed),
+            filters=filters,
+        )
+        written[rows] = jax.device_get(decoded.tokens)
+    return written
+
+
+def _lines(file: Path) -> list[bytes]:
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"--prompts {file}: cannot be read: {error.strerror}") from None
+    if not lines:
+        raise UserError(f"--prompts {file}: needs a prompt on each line, got an empty file")
+    return lines
+
+
+def _readable(text: bytes) -> str:
+    return text.decode("utf-8", errors="replace")

@@ -209,7 +209,7 @@ def _narrate(console: Console, run: RunDirectory, recipe: Recipe, manifest: Mani
     console.line(f"recipe    {' '.join(stated)}")
     console.line(
         f"model     {count.trained:,} parameters + {count.codebook:,} in codebooks,"
-        f" {flops_per_token(recipe.model) / 1e6:,.1f} MFLOP a token"
+        f" {flops_per_token(recipe.model, recipe.data.sequence_length) / 1e6:,.1f} MFLOP a token"
     )
     console.line(
         f"data      {train_split.tokens:,} tokens of {train_split.documents:,} documents,"

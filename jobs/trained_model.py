@@ -30,19 +30,17 @@ def load_trained_model(run: RunDirectory) -> TrainedModel:
     import jax
 
     from jobs.checkpoints import restore_newest
-    from model.sharding import make_mesh, state_shardings
+    from model.sharding import abstract_state, make_mesh
     from model.training import initial_state
 
     checkpoints = complete_checkpoints(run)
     # The newest checkpoint's recipe: a resumed run may have its corpus elsewhere by now.
     text = checkpoints[-1].recipe if checkpoints else run.recipe.read_text(encoding="utf-8")
     recipe = recipes.from_yaml(text, f"the recipe of run {run.name}")
-    abstract = jax.eval_shape(lambda: initial_state(recipe.model, recipe.optimizer, 0))
-    shardings = state_shardings(make_mesh(jax.devices()[:1]), abstract)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings,
+    abstract = abstract_state(
+        make_mesh(jax.devices()[:1]),
+        recipe.model,
+        lambda: initial_state(recipe.model, recipe.optimizer, 0),
     )
     restored = restore_newest(run, abstract)
     if restored is None:

@@ -32,26 +32,38 @@ class ModelConfig:
     """Gated attention units (the official code's `n_layer` counts pairs of them)."""
     d_model: int = 128
     """Width of the residual stream (D). Even."""
+    d_feed_forward: int | None = None
+    """null: layers are gated attention units, the published model. Otherwise attention has no gate,
+    and is followed by two matrices with a squared ReLU between them, this wide."""
     n_heads: int = 1
-    """Heads (H), each with its own codebook. 1 is the paper's gated attention unit."""
+    """Query heads. 1 is the paper's gated attention unit."""
+    n_kv_heads: int | None = None
+    """Key and value heads (H), each with its own codebook; they divide the query heads. null: as
+    many as query heads (multi-head attention); 1: multi-query; between: grouped-query."""
     d_key: int = 64
     """Width of a head's queries and keys (K)."""
     d_value: int = 256
     """Width of a head's values and gate (V). The paper takes 2 d_model with one head."""
+    quantized_keys: bool = True
+    """Attend codewords in the place of keys. Off: plain softmax attention, quadratic in the
+    length, the baseline to compare with."""
     n_codes: int = 128
     """Codewords of each head's codebook (S)."""
-    block_length: int = 128
-    """Tokens that attention handles at a time (L). With the compressive cache the outputs do not
-    depend on it, only the reach of the straight-through key gradients (the keys of the window
-    buffer, M before the block's start) does."""
     window: int = 128
     """Recent tokens attended exactly, with a relative position each (M), besides the query's own.
     """
     compressive_cache: bool = True
-    """Attend everything older than the window through per-code counts and mean values. Off: a
-    plain sliding window of M + 1 keys."""
+    """Attend everything older than the window: through per-code counts and mean values, or through
+    all keys if those are not quantised. Off: a plain sliding window of M + 1 keys."""
+    isolate_documents: bool = False
+    """Attend nothing before the eos that the token's document began with."""
+    gradient_block: int | None = None
+    """Tokens of the blocks that decide, in the official code, which keys pass gradients on to the
+    projections: those no more than M before the query's block. null: those in the query's window,
+    whatever the block length."""
     gradient_through_cache: bool = True
-    """Within an update, let gradients reach keys and values of earlier blocks."""
+    """Within an update, let gradients reach keys and values of earlier blocks. Off needs
+    gradient_block."""
     position_base: float = 1e5
     """Longest sinusoid wavelength over 2 pi, of relative and absolute positions."""
     absolute_positions: bool = False
@@ -66,6 +78,12 @@ class ModelConfig:
     """Weight of the loss that pulls keys to their codewords; summed over layers and heads."""
     codebook_decay: float = 0.99
     """Decay per update of the codebooks' moving sums and counts."""
+    kmeans_iterations: int = 0
+    """Iterations of k-means over the keys of the first update, from which the codebooks start; 0:
+    they start at random, as published."""
+    revive_below: float = 0.0
+    """Give codes whose moving count falls below this a key of the update to start again from; 0:
+    never, as published."""
     embedding_dropout: float = 0.0
     """Fraction of the embeddings' elements set to 0, anew each update."""
     sinusoid_dropout: float = 0.0
@@ -77,6 +95,16 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of activations. Parameters, scores, cache statistics and logits are never narrower than
     float32; float64 makes everything float64 and needs JAX_ENABLE_X64."""
+    attention_form: Literal["serial", "parallel", "dense"] = field(
+        default="serial", metadata=_OPERATIONAL
+    )
+    """How the one definition of attention is computed. serial: block after block. parallel: groups
+    of blocks at once. dense: all scores at once, the baseline of benchmarks."""
+    block_length: int | None = field(default=None, metadata=_OPERATIONAL)
+    """Tokens that attention handles at a time (L); a tile of the computation that changes no
+    result. null: gradient_block, else what suits the device."""
+    parallel_blocks: int = field(default=8, metadata=_OPERATIONAL)
+    """Blocks of a group in the parallel form."""
     remat: bool = field(default=False, metadata=_OPERATIONAL)
     """Recompute each layer in the backward pass instead of keeping its activations."""
     unrolled_layers: int = field(default=1, metadata=_OPERATIONAL)
@@ -84,11 +112,34 @@ class ModelConfig:
     stacking of activations (tiny on a CPU core: 11,400 tokens/s against 9,000) for twice the
     compile time."""
 
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads (H)."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether layers are gated attention units."""
+        return self.d_feed_forward is None
+
+    @property
+    def attends_all_keys(self) -> bool:
+        """Whether every earlier key is attended as it is, so that the cache grows."""
+        return self.compressive_cache and not self.quantized_keys
+
+    @property
+    def tile(self) -> int:
+        """Tokens that attention handles at a time (L)."""
+        return self.block_length or self.gradient_block or min(self.window, 256)
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with the learning-rate schedule of the paper. Codebooks are outside all of it."""
+    """An optimizer and the learning-rate schedule of the paper. Codebooks are outside all of it."""
 
+    name: Literal["adamw", "lion", "adafactor"] = "adamw"
+    """adamw, lion (its momentum in bfloat16), or adafactor (factored second moments, updates
+    clipped at a root mean square of 1 and scaled by that of the parameter)."""
     learning_rate: float = 4e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -104,15 +155,34 @@ class OptimizerConfig:
     weight_decay_form: Literal["scaled", "unscaled"] = "scaled"
     """scaled: times the current learning rate, as AdamW has it. unscaled: the same fraction every
     update whatever the learning rate, as the official Transformer-VQ code has it."""
-    b1: float = 0.9
-    """Decay of Adam's first moment."""
-    b2: float = 0.98
-    """Decay of Adam's second moment."""
-    eps: float = 1e-9
-    """Added to the root of Adam's second moment."""
+    b1: float | None = None
+    """adamw: decay of the first moment. lion: weight of the momentum in the update. null: as
+    published, 0.9 and 0.95. adafactor has none."""
+    b2: float | None = None
+    """adamw: decay of the second moment. lion: decay of the momentum. null: as published, 0.98.
+    adafactor has none."""
+    eps: float | None = None
+    """adamw: added to the root of the second moment. null: as published, 1e-9. lion and adafactor
+    have none."""
     loss_divisor: Literal["targets", "positions"] = "targets"
     """What an update's summed losses are divided by: its unmasked targets, or all B x U positions,
     masked ones too, as the official code has it."""
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """Those of b1, b2 and eps that the optimizer has: as stated, else as published."""
+        return {
+            name: published if (stated := getattr(self, name)) is None else stated
+            for name, published in _PUBLISHED_CONSTANTS[self.name].items()
+        }
+
+
+_PUBLISHED_CONSTANTS: Mapping[str, Mapping[str, float]] = {
+    "adamw": {"b1": 0.9, "b2": 0.98, "eps": 1e-9},
+    "lion": {"b1": 0.95, "b2": 0.98},
+    "adafactor": {},
+}
+"""Of the paper's optimizers (MODEL.md section 1.11)."""
 
 
 class ParameterCount(NamedTuple):
@@ -133,11 +203,19 @@ def validate(model: ModelConfig, optimizer: OptimizerConfig | None = None) -> No
         "d_key",
         "d_value",
         "n_codes",
-        "block_length",
         "window",
+        "parallel_blocks",
         "unrolled_layers",
     ):
         _at_least(f"model.{name}", getattr(model, name), 1)
+    for name in ("n_kv_heads", "d_feed_forward", "block_length", "gradient_block"):
+        if (value := getattr(model, name)) is not None:
+            _at_least(f"model.{name}", value, 1)
+    if model.n_heads % model.kv_heads:
+        raise ConfigError(
+            f"model.n_kv_heads: must divide model.n_heads ({model.n_heads}), got {model.kv_heads}"
+        )
+    _validate_attention(model)
     _at_least("model.vocab_size", model.vocab_size, N_SPECIAL + 1)
     if model.d_model % 2:
         raise ConfigError(f"model.d_model: must be even (sinusoids), got {model.d_model}")
@@ -152,7 +230,38 @@ def validate(model: ModelConfig, optimizer: OptimizerConfig | None = None) -> No
         _validate_optimizer(optimizer)
 
 
+def _validate_attention(model: ModelConfig) -> None:
+    _one_of("model.attention_form", model.attention_form, ("serial", "parallel", "dense"))
+    if model.attention_form == "parallel" and model.attends_all_keys:
+        raise ConfigError(
+            "model.attention_form: must be serial or dense with model.quantized_keys=false,"
+            " got parallel"
+        )
+    if model.attention_form == "dense" and model.gradient_block is not None:
+        raise ConfigError(
+            "model.attention_form: must be serial or parallel with model.gradient_block, got dense"
+        )
+    if not model.gradient_through_cache and model.gradient_block is None:
+        raise ConfigError(
+            "model.gradient_through_cache: off needs the blocks of model.gradient_block, got null"
+        )
+    if model.gradient_block and model.block_length not in (None, model.gradient_block):
+        raise ConfigError(
+            f"model.block_length: must be null or model.gradient_block ({model.gradient_block}),"
+            f" got {model.block_length}"
+        )
+    if not model.quantized_keys:
+        for name in ("kmeans_iterations", "revive_below"):
+            if value := getattr(model, name):
+                raise ConfigError(
+                    f"model.{name}: must be 0 with model.quantized_keys=false, got {value}"
+                )
+    _at_least("model.kmeans_iterations", model.kmeans_iterations, 0)
+    _at_least("model.revive_below", model.revive_below, 0)
+
+
 def _validate_optimizer(optimizer: OptimizerConfig) -> None:
+    _one_of("optimizer.name", optimizer.name, tuple(_PUBLISHED_CONSTANTS))
     _positive("optimizer.learning_rate", optimizer.learning_rate)
     _one_of("optimizer.schedule", optimizer.schedule, ("cosine", "linear", "constant"))
     _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
@@ -172,9 +281,16 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
         _positive("optimizer.gradient_clip", optimizer.gradient_clip)
     _at_least("optimizer.weight_decay", optimizer.weight_decay, 0)
     _one_of("optimizer.weight_decay_form", optimizer.weight_decay_form, ("scaled", "unscaled"))
-    _between("optimizer.b1", optimizer.b1)
-    _between("optimizer.b2", optimizer.b2)
-    _positive("optimizer.eps", optimizer.eps)
+    constants = optimizer.constants
+    for name in ("b1", "b2", "eps"):
+        stated = getattr(optimizer, name)
+        if stated is not None and name not in constants:
+            raise ConfigError(
+                f"optimizer.{name}: must be null with optimizer.name={optimizer.name}, which has"
+                f" none, got {stated}"
+            )
+    for name, value in constants.items():
+        (_positive if name == "eps" else _between)(f"optimizer.{name}", value)
     _one_of("optimizer.loss_divisor", optimizer.loss_divisor, ("targets", "positions"))
 
 
@@ -214,8 +330,8 @@ _PAPER = ModelConfig(
     n_layers=48,
     d_key=128,
     n_codes=512,
-    block_length=512,
     window=512,
+    gradient_block=512,
     dtype="bfloat16",
     remat=True,
 )
@@ -223,10 +339,10 @@ _PAPER = ModelConfig(
 PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
     {
         # Half a million parameters: what two CPU cores train to readable text in a minute.
-        "tiny": ModelConfig(d_key=32, n_codes=64, block_length=64, window=64, unrolled_layers=4),
-        # Four million: a serious CPU run, the size of the benchmarks.
+        "tiny": ModelConfig(d_key=32, n_codes=64, window=64, unrolled_layers=4),
+        # Two million: a serious CPU run, the size of the benchmarks.
         "small": ModelConfig(
-            d_model=256, d_key=128, d_value=512, n_codes=256, block_length=512, window=512
+            d_model=256, d_key=128, d_value=512, n_codes=256, window=512, unrolled_layers=4
         ),
         # The paper's three (MODEL.md section 2.1).
         "enwik8": replace(
@@ -266,38 +382,55 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
 def parameter_count(config: ModelConfig) -> ParameterCount:
     """Counts the parameters.
 
-    A unit has 2DKH (queries, relative positions) + D(K + 2V)H (keys, values, gate) + VHD (output)
-    + 2HK (the two score biases) + 2D (norm), and HS(K + 1) of codebook; the embeddings
+    With H key and value heads and G query heads, a unit has DK(G + 2H) (queries, keys, relative
+    positions) + DVH (values) + DVG (output) + 2GK (the two score biases) + 2D (norm), DVG more for
+    a gate or 2DF + 2D for a feed-forward unit, and HS(K + 1) of codebook; the embeddings
     (vocab_size)(D + 1), the output bias counted when untied too, where the official code keeps an
-    unused one. MODEL.md sections 1.1 and 1.10.
+    unused one. MODEL.md sections 1.1, 1.10 and 1.14.
     """
-    D, H, K, V = config.d_model, config.n_heads, config.d_key, config.d_value
-    unit = 2 * D * K * H + D * (K + 2 * V) * H + V * H * D + 2 * H * K + 2 * D
+    D, K, V = config.d_model, config.d_key, config.d_value
+    H, G, F = config.kv_heads, config.n_heads, config.d_feed_forward
+    unit = D * K * (G + 2 * H) + D * V * (H + G) + 2 * G * K + 2 * D
+    unit += D * V * G if config.gated else 0
+    unit += 2 * D * F + 2 * D if F is not None else 0
     embeddings = config.vocab_size * (D + 1)
     output = 0 if config.tied_embeddings else config.vocab_size * (D + 1)
     norm = 2 * D if config.output_norm else 0
     scale = 1 if config.absolute_positions else 0
+    codebook = H * config.n_codes * (K + 1) if config.quantized_keys else 0
     return ParameterCount(
         trained=config.n_layers * unit + embeddings + output + norm + scale,
-        codebook=config.n_layers * H * config.n_codes * (K + 1),
+        codebook=config.n_layers * codebook,
     )
 
 
-def flops_per_token(config: ModelConfig, *, training: bool = True) -> int:
-    """Floating-point operations a token costs, two per multiply-add of a matrix product.
+def flops_per_token(config: ModelConfig, sequence_length: int, *, training: bool = True) -> int:
+    """Floating-point operations a token of a window of T costs, two per multiply-add of a matrix
+    product.
 
-    Per unit and head, in multiply-adds: projections D(2K + 3V); nearest code SK; scores against
-    the window buffer and the codewords (M + L + S)K, positions (M + 1)K; weighted values
-    (M + L + S)V; merging values into the cache SV. The output is D times the vocabulary. Training
-    is three times the forward pass, plus SK for the codebook sums; recomputation (`remat`) and
-    the projected position table (once an update) are not counted.
+    Per unit, in multiply-adds, with H key and value heads and G query heads: projections
+    D(K(G + H) + V(G + H)), DVG more for a gate or 2DF for a feed-forward unit; scores and weighted
+    values G(K + V) for each of the N columns that a query is scored against, positions G(M + 1)K.
+    Quantised, N = M + L + S, the whole buffer and the codewords (the buffer without the compressive
+    cache), and besides HSK for the nearest code and HSV for merging values into the cache. Of
+    unquantised attention only the causal pairs count, N = (T + 1) / 2. In the dense form L = T.
+    The output is D times the vocabulary. Training is three times the forward pass, plus HSK for the
+    codebook sums; recomputation and the projected position table (once an update) do not count.
     """
     D, K, V, S = config.d_model, config.d_key, config.d_value, config.n_codes
-    M, L = config.window, config.block_length
-    attended = M + L + (S if config.compressive_cache else 0)
-    merge = S * V if config.compressive_cache else 0
-    head = D * (2 * K + 3 * V) + S * K + attended * (K + V) + (M + 1) * K + merge
-    forward = config.n_layers * config.n_heads * head + D * config.vocab_size
+    H, G, T = config.kv_heads, config.n_heads, sequence_length
+    unit = D * (K + V) * (G + H) + G * (config.window + 1) * K
+    unit += D * V * G if config.gated else 2 * D * (config.d_feed_forward or 0)
+    if config.attends_all_keys:
+        columns = (T + 1) // 2
+    else:
+        columns = config.window + (T if config.attention_form == "dense" else config.tile)
+        if config.compressive_cache:
+            columns += S
+            unit += H * S * V
+    unit += G * columns * (K + V)
+    codes = H * S * K if config.quantized_keys else 0
+    forward = config.n_layers * (unit + codes) + D * config.vocab_size
     if not training:
         return 2 * forward
-    return 2 * (3 * forward + config.n_layers * config.n_heads * S * K)
+    return 2 * (3 * forward + config.n_layers * codes)

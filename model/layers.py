@@ -1,7 +1,7 @@
-"""The parts of a layer: norms, sinusoids, dropouts, and the gated attention unit.
+"""The parts of a layer: norms, sinusoids, dropouts, attention units and feed-forward units.
 
-B batch, T tokens, H heads, M window, P = M + 1 distances, S codes, K key width, V value width,
-D model width.
+B batch, T tokens, H key and value heads, R query heads to each, M window, P = M + 1 distances,
+S codes, K key width, V value width, D model width.
 """
 
 import enum
@@ -13,9 +13,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from model.attention import LayerCache, Projections, Scoring, attend_blocks
+from model.attention import LayerCache, Projections, Scoring
+from model.block_attention import Options, attend_serial
 from model.config import ModelConfig
-from model.quantizer import Codebook, CodeStatistics, code_statistics, quantize
+from model.full_attention import attend_full, attend_full_dense
+from model.parallel_attention import attend_parallel
+from model.quantizer import Codebook, CodeStatistics, code_statistics, draw_candidates, quantize
 
 NORM_EPSILON = 1e-6
 
@@ -32,11 +35,11 @@ def root_mean_square_norm(x: Float[Array, "*axes D"], dtype: jnp.dtype) -> Float
 
 
 def sinusoids(
-    positions: Int[Array, " P"], width: int, base: float, dtype: jnp.dtype
-) -> Float[Array, "P D"]:
+    positions: Int[Array, "*P"], width: int, base: float, dtype: jnp.dtype
+) -> Float[Array, "*P D"]:
     """Sines, then cosines, of the positions at width/2 wavelengths (MODEL.md section 1.3)."""
     frequencies = base ** (-2 * jnp.arange(width // 2, dtype=dtype) / width)
-    angles = positions.astype(dtype)[:, None] * frequencies
+    angles = positions.astype(dtype)[..., None] * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -55,6 +58,13 @@ def project(x: Float[Array, "B T X"], kernel: nnx.Param) -> Float[Array, "B T Y"
     return (x.reshape(B * T, width) @ kernel[...].astype(x.dtype)).reshape(B, T, -1)
 
 
+@jax.checkpoint
+def silu(x: Float[Array, "*axes X"]) -> Float[Array, "*axes X"]:
+    """x sigmoid(x). The sigmoid is computed again for the gradient, not kept: less memory to
+    write and read back than the exponential costs."""
+    return jax.nn.silu(x)
+
+
 class Purpose(enum.IntEnum):
     """What random numbers are drawn for; part of their key."""
 
@@ -62,6 +72,8 @@ class Purpose(enum.IntEnum):
     RESIDUAL = 1
     SINUSOID = 2
     LAYER = 3
+    FEED_FORWARD = 4
+    CANDIDATES = 5
 
 
 class Randomness(NamedTuple):
@@ -92,6 +104,11 @@ def keep(
     return kept.astype(dtype) / (1 - rate)
 
 
+def keys_by_row(key: Array, purpose: Purpose, rows: UInt[Array, " B"]) -> Array:
+    """PRNG keys [B] of one purpose, one a row."""
+    return jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), purpose))(rows)
+
+
 def keep_by_row(
     key: Array,
     purpose: Purpose,
@@ -118,22 +135,64 @@ class Norm(nnx.Module):
         return (normed * self.gain[...] + self.bias[...]).astype(x.dtype)
 
 
-class GatedAttentionUnit(nnx.Module):
-    """Norm, gated attention over quantised keys, residual (MODEL.md section 1.2)."""
+def drop_residual(
+    added: Float[Array, "B T D"],
+    config: ModelConfig,
+    randomness: Randomness | None,
+    purpose: Purpose,
+) -> Float[Array, "B T D"]:
+    """What a layer adds, with the dropouts of its elements and of the whole layer."""
+    if randomness is None:
+        return added
+    rows, dtype = randomness.rows, added.dtype
+    if rate := config.residual_dropout:
+        added *= keep_by_row(randomness.update, purpose, rows, added.shape[1:], rate, dtype)
+    if rate := config.layer_dropout:
+        added *= keep_by_row(randomness.batch, Purpose.LAYER, rows, (1, 1), rate, dtype)
+    return added
+
+
+class FeedForward(nnx.Module):
+    """Norm, two matrices with a squared ReLU between them, residual (MODEL.md section 1.14)."""
+
+    def __init__(self, config: ModelConfig, width: int, *, rngs: nnx.Rngs):
+        dtype = parameter_dtype(config)
+        self.norm = Norm(config.d_model, dtype=dtype)
+        self.expand = kernel(rngs, config.d_model, width, dtype)
+        self.contract = kernel(rngs, width, config.d_model, dtype)
+        self.config = config
+
+    def __call__(
+        self, x: Float[Array, "B T D"], randomness: Randomness | None
+    ) -> Float[Array, "B T D"]:
+        """Transforms each token by itself."""
+        hidden = jnp.square(jax.nn.relu(project(self.norm(x), self.expand)))
+        added = project(hidden, self.contract)
+        return x + drop_residual(added, self.config, randomness, Purpose.FEED_FORWARD)
+
+
+class AttentionUnit(nnx.Module):
+    """Norm, attention, residual: gated (MODEL.md section 1.2), or followed by a feed-forward
+    unit (section 1.14)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        D, H, K, V = config.d_model, config.n_heads, config.d_key, config.d_value
+        D, K, V = config.d_model, config.d_key, config.d_value
+        H, query_heads = config.kv_heads, config.n_heads
         dtype = parameter_dtype(config)
         self.norm = Norm(D, dtype=dtype)
-        self.query = kernel(rngs, D, H * K, dtype)
+        self.query = kernel(rngs, D, query_heads * K, dtype)
         self.key = kernel(rngs, D, H * K, dtype)
         self.value = kernel(rngs, D, H * V, dtype)
-        self.gate = kernel(rngs, D, H * V, dtype)
-        self.output = kernel(rngs, H * V, D, dtype)
+        if config.gated:
+            self.gate = kernel(rngs, D, query_heads * V, dtype)
+        self.output = kernel(rngs, query_heads * V, D, dtype)
         self.distance = kernel(rngs, D, H * K, dtype)
-        self.content_bias = nnx.Param(jnp.zeros(H * K, dtype))
-        self.position_bias = nnx.Param(jnp.zeros(H * K, dtype))
-        self.codebook = Codebook(H, config.n_codes, K, dtype=dtype, rngs=rngs)
+        self.content_bias = nnx.Param(jnp.zeros(query_heads * K, dtype))
+        self.position_bias = nnx.Param(jnp.zeros(query_heads * K, dtype))
+        if config.quantized_keys:
+            self.codebook = Codebook(H, config.n_codes, K, dtype=dtype, rngs=rngs)
+        if config.d_feed_forward is not None:
+            self.feed_forward = FeedForward(config, config.d_feed_forward, rngs=rngs)
         self.config = config
 
     def __call__(
@@ -142,16 +201,19 @@ class GatedAttentionUnit(nnx.Module):
         cache: LayerCache,
         length: Int[Array, ""],
         distances: Float[Array, "P D"],
-        loss_mask: Bool[Array, "B T"] | None,
-        randomness: Randomness | None,
+        documents: Int[Array, "B T"] | None = None,
+        loss_mask: Bool[Array, "B T"] | None = None,
+        randomness: Randomness | None = None,
+        n_candidates: int = 0,
     ) -> tuple[Float[Array, "B T D"], LayerCache, CodeStatistics | None]:
         """Transforms T tokens that follow the `length` tokens in `cache`.
 
-        `distances` are the sinusoids of 0 to M. Code statistics are of the tokens in `loss_mask`;
-        without one there are none. Dropout needs this layer's randomness; without, there is none.
+        `distances` are the sinusoids of 0 to M. Documents of the tokens are needed to isolate them.
+        Code statistics are of the tokens in `loss_mask`; without one, and without codes, there are
+        none. Dropout and candidates need this layer's randomness; without, there are none.
         """
         config = self.config
-        K = config.d_key
+        H, K = config.kv_heads, config.d_key
         # Every q, k, r, u and w carries K^-1/4, so that scores carry K^-1/2.
         scale = K**-0.25
         wide = parameter_dtype(config)
@@ -164,45 +226,74 @@ class GatedAttentionUnit(nnx.Module):
                 distances.dtype,
             )
         normed = self.norm(x)
-        queries = root_mean_square_norm(self._heads(normed, self.query), wide) * scale
-        keys = root_mean_square_norm(self._heads(normed, self.key), wide) * scale
-        values = jax.nn.silu(self._heads(normed, self.value))
-        gate = jax.nn.silu(project(normed, self.gate))
-
-        codewords = self.codebook.codewords()
-        quantized = quantize(keys, codewords)
-        attended, cache = attend_blocks(
-            Projections(queries, quantized.keys, values, quantized.codes),
+        queries = self._heads(normed, self.query, config.n_heads)
+        queries = root_mean_square_norm(queries, wide) * scale
+        B, _, T, _ = queries.shape
+        keys = root_mean_square_norm(self._heads(normed, self.key, H), wide) * scale
+        values = self._heads(normed, self.value, H)
+        if config.gated:
+            values = silu(values)
+        quantized = quantize(keys, self.codebook.codewords()) if config.quantized_keys else None
+        attended, cache = attend(
+            config,
+            Projections(
+                queries.reshape(B, H, -1, T, K),
+                keys if quantized is None else quantized.keys,
+                values,
+                None if quantized is None else quantized.codes,
+                documents,
+            ),
             Scoring(
-                codewords,
-                self.content_bias[...].reshape(-1, K) * scale,
-                self.position_bias[...].reshape(-1, K) * scale,
-                self._heads(distances[None], self.distance)[0] * scale,
+                None if quantized is None else self.codebook.codewords(),
+                self.content_bias[...].reshape(H, -1, K) * scale,
+                self.position_bias[...].reshape(H, -1, K) * scale,
+                self._heads(distances[None], self.distance, H)[0].astype(wide) * scale,
             ),
             cache,
             length,
-            block_length=config.block_length,
-            gradient_through_cache=config.gradient_through_cache,
         )
-        merged = jnp.moveaxis(attended, 1, 2).reshape(*x.shape[:2], -1)
-        added = project(merged * gate, self.output)
-        if randomness is not None:
-            added = self._drop(added, randomness)
-        x = x + added
-        if loss_mask is None:
+        merged = jnp.moveaxis(attended.reshape(B, config.n_heads, T, -1), 1, 2).reshape(B, T, -1)
+        if config.gated:
+            merged *= silu(project(normed, self.gate))
+        added = project(merged, self.output)
+        x = x + drop_residual(added, config, randomness, Purpose.RESIDUAL)
+        if config.d_feed_forward is not None:
+            x = self.feed_forward(x, randomness)
+        if loss_mask is None or quantized is None:
             return x, cache, None
-        return x, cache, code_statistics(keys, quantized, config.n_codes, loss_mask)
+        statistics = code_statistics(keys, quantized, config.n_codes, loss_mask)
+        if n_candidates and randomness is not None:
+            row_keys = keys_by_row(randomness.update, Purpose.CANDIDATES, randomness.rows)
+            drawn = draw_candidates(keys, loss_mask, row_keys, n_candidates)
+            statistics = statistics._replace(candidates=drawn)
+        return x, cache, statistics
 
-    def _drop(self, added: Float[Array, "B T D"], randomness: Randomness) -> Float[Array, "B T D"]:
-        config, rows, shape = self.config, randomness.rows, added.shape[1:]
-        if rate := config.residual_dropout:
-            added *= keep_by_row(
-                randomness.update, Purpose.RESIDUAL, rows, shape, rate, added.dtype
-            )
-        if rate := config.layer_dropout:
-            added *= keep_by_row(randomness.batch, Purpose.LAYER, rows, (1, 1), rate, added.dtype)
-        return added
-
-    def _heads(self, x: Float[Array, "B T D"], kernel: nnx.Param) -> Float[Array, "B H T X"]:
+    def _heads(
+        self, x: Float[Array, "B T D"], kernel: nnx.Param, n_heads: int
+    ) -> Float[Array, "B heads T X"]:
         B, T, _ = x.shape
-        return jnp.moveaxis(project(x, kernel).reshape(B, T, self.config.n_heads, -1), 2, 1)
+        return jnp.moveaxis(project(x, kernel).reshape(B, T, n_heads, -1), 2, 1)
+
+
+def attend(
+    config: ModelConfig,
+    tokens: Projections,
+    scoring: Scoring,
+    cache: LayerCache,
+    length: Int[Array, ""],
+) -> tuple[Float[Array, "B H R T V"], LayerCache]:
+    """Attention in the form that the configuration names."""
+    form = config.attention_form
+    if config.attends_all_keys:
+        if form == "dense":
+            return attend_full_dense(tokens, scoring, cache, length)
+        return attend_full(tokens, scoring, cache, length, config.tile)
+    options = Options(
+        # One block of all tokens has all their scores at once.
+        block_length=tokens.keys.shape[2] if form == "dense" else config.tile,
+        window_gradient=config.gradient_block is None,
+        gradient_through_cache=config.gradient_through_cache,
+    )
+    if form == "parallel":
+        return attend_parallel(tokens, scoring, cache, length, options, config.parallel_blocks)
+    return attend_serial(tokens, scoring, cache, length, options)

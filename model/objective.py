@@ -23,7 +23,8 @@ class Objective(NamedTuple):
     commitment: Float[Array, ""]
     """Squared distance of keys to codewords, summed over layers and heads, over the divisor."""
     cache: Cache
-    statistics: CodeStatistics
+    statistics: CodeStatistics | None
+    """None if keys are not quantised."""
 
 
 def token_nats(
@@ -53,9 +54,15 @@ def objective(
     summed over the unmasked tokens and over `divisor`. MODEL.md section 1.4.
     """
     network = bind(config, params, codebooks)
-    features, cache, statistics = network(inputs, cache, loss_mask=loss_mask, randomness=randomness)
-    assert statistics is not None  # because there is a loss mask
+    features, cache, statistics = network(
+        inputs,
+        cache,
+        loss_mask=loss_mask,
+        randomness=randomness,
+        n_candidates=config.n_codes if config.revive_below else 0,
+    )
     nats = jnp.sum(token_nats(network.logits(features), targets, loss_mask))
-    commitment = jnp.sum(statistics.squared_error) / divisor
+    squared_error = jnp.zeros((), nats.dtype) if statistics is None else statistics.squared_error
+    commitment = jnp.sum(squared_error) / divisor
     loss = nats / divisor + config.commitment_weight * commitment
     return loss, Objective(nats, commitment, cache, statistics)

@@ -1,7 +1,9 @@
-"""AdamW with the paper's schedules, and weight decay by parameter name.
+"""The paper's optimizers and schedules, on layers that lie stacked (MODEL.md section 1.11).
 
 The schedule is a function of the train state's update counter, handed in at each update: optax
-keeps no counter of its own for it, so that counters survive a rollback of the state.
+keeps no counter of its own for it, so that counters survive a rollback of the state. The counters
+in the optimizer's state count the updates that were applied, which is what the decays of its
+moments are about: an update that is skipped as not finite leaves them alone.
 """
 
 from typing import Any, NamedTuple, cast
@@ -43,17 +45,74 @@ def schedule_multiplier(config: OptimizerConfig, updates: Int[Array, ""]) -> Flo
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """The chain of gradient transformations; its update takes `learning_rate=` by name."""
-    clip = [] if config.gradient_clip is None else [optax.clip_by_global_norm(config.gradient_clip)]
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    """The chain of gradient transformations; its update takes `learning_rate=` by name.
+
+    Its state is a dict of arrays by the name of the transformation: `adam`, `lion` or `factored`
+    (the others keep none). A leaf of it for a parameter under `layers` has the layers on its first
+    axis, as the parameter has.
+    """
+    steps = [(name, _layer_by_layer(step)) for name, step in _direction(config)]
+    if config.gradient_clip is not None:
+        # Over all parameters at once, so not layer by layer.
+        steps.insert(0, ("clip", optax.clip_by_global_norm(config.gradient_clip)))
+    rate = ("learning_rate", _scale_by_learning_rate())
     if config.weight_decay == 0:
-        return optax.chain(*clip, adam, _scale_by_learning_rate())
-    if config.weight_decay_form == "unscaled":
+        steps += [rate]
+    elif config.weight_decay_form == "unscaled":
         # After the schedule, so that it acts in full at learning rate 0 too.
         decay = optax.add_decayed_weights(-config.weight_decay, mask=decay_mask)
-        return optax.chain(*clip, adam, _scale_by_learning_rate(), decay)
-    decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
-    return optax.chain(*clip, adam, decay, _scale_by_learning_rate())
+        steps += [rate, ("decay", decay)]
+    else:
+        decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
+        steps += [("decay", decay), rate]
+    return optax.named_chain(*steps)
+
+
+def _direction(config: OptimizerConfig) -> list[tuple[str, optax.GradientTransformation]]:
+    """What makes gradients into a step of learning rate 1, leaf by leaf."""
+    constants = config.constants
+    if config.name == "adamw":
+        b1, b2, eps = constants["b1"], constants["b2"], constants["eps"]
+        return [("adam", optax.scale_by_adam(b1=b1, b2=b2, eps=eps))]
+    if config.name == "lion":
+        b1, b2 = constants["b1"], constants["b2"]
+        return [("lion", optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=jnp.bfloat16))]
+    return [
+        ("factored", optax.scale_by_factored_rms()),
+        ("clip_by_leaf", optax.clip_by_block_rms(1.0)),
+        ("parameter_scale", optax.scale_by_param_block_rms()),
+    ]
+
+
+def _layer_by_layer(step: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, for layers that lie stacked on the first axis of the leaves under `layers`.
+
+    Adafactor would otherwise factor over the layers, and take roots of mean squares over all of
+    them (measured: updates up to 158 times off). Leaves elsewhere, and counters, are not mapped;
+    vmap refuses a transformation that would mix them with layers.
+    """
+
+    def init(params: optax.Params) -> optax.OptState:
+        state_axes = _layer_axes(jax.eval_shape(step.init, params))
+        return jax.vmap(step.init, (_layer_axes(params),), state_axes)(params)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        axes, state_axes = _layer_axes(updates), _layer_axes(state)
+        mapped = jax.vmap(step.update, (axes, state_axes, axes), (axes, state_axes))
+        return mapped(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _layer_axes(tree: Any) -> Any:
+    """The axis of the layers: 0 in every leaf under `layers`, none in others."""
+
+    def axis(path: tuple[Any, ...], _: Any) -> int | None:
+        return 0 if jax.tree_util.DictKey("layers") in path else None
+
+    return jax.tree_util.tree_map_with_path(axis, tree)
 
 
 def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:

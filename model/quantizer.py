@@ -1,6 +1,7 @@
-"""Vector quantisation of keys: nearest codewords, straight-through gradients, moving averages.
+"""Vector quantisation of keys: nearest codewords, straight-through gradients, moving averages, and
+new beginnings for codes that no key is near.
 
-B batch, T tokens, H heads, S codes, K key width.
+B batch, T tokens, H heads, S codes, K key width, C candidates.
 """
 
 from typing import NamedTuple
@@ -9,10 +10,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 SMALLEST_COUNT = 0.01
 """Counts are divided by at least this, so that a code nobody uses shrinks to zero in the end."""
+
+DEAD_BELOW = 1.0
+"""A code is counted as dead while its moving count, in tokens an update, is below this."""
+
+REVIVED_COUNT = 2.0
+"""Moving count of a revived code over `revive_below`: unused, it is given another key after
+log 2 / (1 - decay) updates, 69 at a decay of 0.99."""
 
 
 class CodebookVariable(nnx.Variable):
@@ -28,6 +36,19 @@ class Quantized(NamedTuple):
     """int32 index of the nearest codeword."""
 
 
+class Candidates(NamedTuple):
+    """Keys of an update that codewords may start from: C of its unmasked tokens, drawn at random
+    without repetition, the same tokens for all heads of a layer.
+
+    Each token's priority is of its row and position alone. So the candidates of a batch are those
+    of highest priority among the candidates of its micro-batches.
+    """
+
+    keys: Float[Array, "*layers H C K"]
+    priorities: UInt[Array, "*layers C"]
+    """uint32, falling; 0 where the unmasked tokens were fewer than C."""
+
+
 class CodeStatistics(NamedTuple):
     """Sums over the unmasked tokens of an update, the whole batch's under a sharded jit."""
 
@@ -40,6 +61,8 @@ class CodeStatistics(NamedTuple):
     reaches the keys."""
     relative_error: Float[Array, "*layers"]
     """That distance over the key's norm, summed over tokens and heads."""
+    candidates: Candidates | None = None
+    """None unless asked for."""
 
 
 class CodebookHealth(NamedTuple):
@@ -113,8 +136,11 @@ def update_codebooks(codebooks: dict, statistics: CodeStatistics, decay: float) 
     return {"layers": {"codebook": new}}
 
 
-def codebook_health(statistics: CodeStatistics) -> CodebookHealth:
-    """Health of the codebooks in an update, from statistics with a leading layer axis."""
+def codebook_health(statistics: CodeStatistics | None) -> CodebookHealth:
+    """Health of the codebooks in an update, from statistics with a leading layer axis; all 0 if
+    keys are not quantised."""
+    if statistics is None:
+        return CodebookHealth(*(jnp.zeros(()) for _ in CodebookHealth._fields))
     counts = statistics.counts
     totals = jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1)
     entropy = jnp.sum(jax.scipy.special.entr(counts / totals), axis=-1)
@@ -123,3 +149,89 @@ def codebook_health(statistics: CodeStatistics) -> CodebookHealth:
         usage=jnp.mean(counts > 0),
         relative_error=jnp.sum(statistics.relative_error) / jnp.sum(totals),
     )
+
+
+def draw_candidates(
+    keys: Float[Array, "B H T K"],
+    loss_mask: Bool[Array, "B T"],
+    row_keys: Array,
+    n_candidates: int,
+) -> Candidates:
+    """The keys of at most that many unmasked tokens, from one PRNG key a row."""
+    B, T = loss_mask.shape
+    drawn = jax.vmap(lambda key: jax.random.bits(key, (T,), jnp.uint32))(row_keys)
+    priorities = jnp.where(loss_mask, drawn | 1, 0).reshape(B * T)
+    priorities, tokens = lax.top_k(priorities, min(n_candidates, B * T))
+    chosen = lax.stop_gradient(keys)[tokens // T, :, tokens % T]
+    return Candidates(jnp.moveaxis(chosen, 0, -2), priorities)
+
+
+def revive_codes(codebooks: dict, candidates: Candidates, below: float) -> dict:
+    """The codebooks with a candidate key as the codeword of each code whose moving count is under
+    `below`: in order, the first such code of a head takes the first candidate, as far as they go.
+    """
+    old = codebooks["layers"]["codebook"]
+    dead = old["counts"] < below
+    turn = jnp.cumsum(dead, axis=-1, dtype=jnp.int32) - 1
+    n_drawn = jnp.sum(candidates.priorities > 0, axis=-1, dtype=jnp.int32)
+    revived = dead & (turn < n_drawn[:, None, None])
+    keys = jnp.take_along_axis(candidates.keys, turn[..., None], axis=-2, mode="clip")
+    # Codewords are sums over counts of at least SMALLEST_COUNT.
+    count = max(REVIVED_COUNT * below, SMALLEST_COUNT)
+    new = {
+        "sums": jnp.where(revived[..., None], count * keys, old["sums"]),
+        "counts": jnp.where(revived, count, old["counts"]),
+    }
+    return {"layers": {"codebook": new}}
+
+
+def dead_codes(codebooks: dict) -> Float[Array, ""]:
+    """Codes of a codebook whose moving count is below DEAD_BELOW, mean over layers and heads."""
+    counts = codebooks["layers"]["codebook"]["counts"]
+    return jnp.mean(jnp.sum(counts < DEAD_BELOW, axis=-1))
+
+
+def spread_centres(candidates: Candidates, n_codes: int, key: Array) -> Float[Array, "H S K"]:
+    """Beginnings for k-means from one layer's candidates: the first, then each drawn with a
+    probability in proportion to its squared distance from the nearest centre so far (k-means++).
+
+    Drawn evenly, many would be the same: without absolute positions, the first layer has one key a
+    token value. Centres beyond the number of distinct keys are the first one again.
+    """
+    keys = candidates.keys
+    H, C, K = keys.shape
+
+    def distances(centre: Float[Array, "H 1 K"]) -> Float[Array, "H C"]:
+        squared = jnp.sum((keys - centre) ** 2, axis=-1)
+        return jnp.where(candidates.priorities > 0, squared, 0)
+
+    def add(
+        code: Int[Array, ""], carry: tuple[Float[Array, "H S K"], Float[Array, "H C"]]
+    ) -> tuple[Float[Array, "H S K"], Float[Array, "H C"]]:
+        centres, nearest = carry
+        # The largest of logarithms plus Gumbel noise is a draw by weight.
+        noise = jax.random.gumbel(jax.random.fold_in(key, code), (H, C), keys.dtype)
+        index = jnp.argmax(jnp.log(nearest) + noise, axis=-1)
+        centre = jnp.take_along_axis(keys, index[:, None, None], axis=1)
+        centres = lax.dynamic_update_slice_in_dim(centres, centre, code, axis=1)
+        return centres, jnp.minimum(nearest, distances(centre))
+
+    first = keys[:, :1]
+    begin = (jnp.broadcast_to(first, (H, n_codes, K)), distances(first))
+    return lax.fori_loop(1, n_codes, add, begin)[0]
+
+
+def move_to_means(
+    centres: Float[Array, "H S K"], candidates: Candidates, iterations: int
+) -> Float[Array, "H S K"]:
+    """Centres after iterations of k-means (Lloyd's): each becomes the mean of the candidates that
+    it is nearest to, and one that is nearest to none stays."""
+    points, mask = candidates.keys[None], (candidates.priorities > 0)[None]
+
+    def move(_: Int[Array, ""], centres: Float[Array, "H S K"]) -> Float[Array, "H S K"]:
+        nearest = quantize(points, centres)
+        statistics = code_statistics(points, nearest, centres.shape[1], mask)
+        counts = statistics.counts[..., None]
+        return jnp.where(counts > 0, statistics.sums / jnp.maximum(counts, 1), centres)
+
+    return lax.fori_loop(0, iterations, move, centres)

@@ -1,11 +1,15 @@
 """The device mesh, and where each array of the train state lies on it.
 
 Axes: `data` and `fsdp` split the rows of a batch; `fsdp` splits parameters too, which are gathered
-where they are used; `tensor` splits the value columns, their gate and the output projection.
+where they are used; `tensor` splits value columns, their gate and the output projection, the inner
+width of feed-forward units, and heads where it divides them. `sequence` is reserved: states of the
+compressive cache merge associatively, so that devices could each read a part of a window and then
+take the prefixes; so far it is 1.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,32 +17,54 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from model.config import ConfigError
+from model.config import ConfigError, ModelConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "sequence")
 
 TABLE: tuple[tuple[str, P], ...] = (
     ("embedding/table", P(None, "fsdp")),
-    ("layers/query", P(None, "fsdp", None)),
-    ("layers/key", P(None, "fsdp", None)),
-    ("layers/distance", P(None, "fsdp", None)),
+    ("layers/query", P(None, "fsdp", "query_heads")),
+    ("layers/key", P(None, "fsdp", "kv_heads")),
+    ("layers/distance", P(None, "fsdp", "kv_heads")),
+    ("layers/content_bias", P(None, "query_heads")),
+    ("layers/position_bias", P(None, "query_heads")),
     ("layers/value", P(None, "fsdp", "tensor")),
     ("layers/gate", P(None, "fsdp", "tensor")),
     ("layers/output", P(None, "tensor", "fsdp")),
+    ("layers/feed_forward/expand", P(None, "fsdp", "tensor")),
+    ("layers/feed_forward/contract", P(None, "tensor", "fsdp")),
+    ("layers/codebook/sums", P(None, "kv_heads", None, None)),
+    ("layers/codebook/counts", P(None, "kv_heads", None)),
     ("output/kernel", P("fsdp", None)),
 )
 """The end of a leaf's path, and its axes. Names go for parameters, codebooks and their optimizer
 moments alike; what is not here is whole on every device. The vocabulary is not split: 259
-ids of bytes divide by nothing."""
+ids of bytes divide by nothing.
+
+`query_heads` and `kv_heads` are axes of heads, or of columns that lie head by head: they are split
+by `tensor` if it divides the heads, whole if not. A single head stays whole, because scores sum
+over the columns of a head."""
+
+_ADAFACTOR = re.compile(r"optimizer/factored/(v_row|v_col|v)/(.+)")
 
 
 def make_mesh(
-    devices: Sequence[jax.Device], *, data: int = -1, fsdp: int = 1, tensor: int = 1
+    devices: Sequence[jax.Device],
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    sequence: int = 1,
 ) -> Mesh:
-    """A mesh of all the devices. One axis may be -1: what is left.
+    """A mesh of all the devices. One of data, fsdp and tensor may be -1: what is left.
 
-    Raises ConfigError if the axes do not multiply to the number of devices.
+    Raises ConfigError if the axes do not multiply to the number of devices, or if `sequence` is
+    not 1.
     """
+    if sequence != 1:
+        raise ConfigError(
+            f"cluster.sequence: must be 1, the axis is reserved for later, got {sequence}"
+        )
     shape = [data, fsdp, tensor]
     rest = math.prod(n for n in shape if n != -1)
     if shape.count(-1) == 1 and rest > 0 and len(devices) % rest == 0:
@@ -48,7 +74,7 @@ def make_mesh(
             f"cluster: data x fsdp x tensor must make {len(devices)} devices, "
             f"got {data} x {fsdp} x {tensor}"
         )
-    return Mesh(np.asarray(devices).reshape(shape), AXES)
+    return Mesh(np.asarray(devices).reshape(*shape, sequence), AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -61,27 +87,73 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
-    """The sharding of every leaf of a tree with named paths, by TABLE.
+def abstract_state(mesh: Mesh, model: ModelConfig, create: Callable[[], Any]) -> Any:
+    """Shapes, dtypes and shardings of the train state that `create` makes, without making it.
 
-    `abstract_state` is a TrainState, or any part of one, of arrays or of their shapes.
     Raises ConfigError if an axis of the mesh does not divide an axis of a leaf.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _leaf_sharding(mesh, _path_name(path), leaf.shape), abstract_state
+    shapes = jax.eval_shape(create)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(mesh, model, shapes),
     )
 
 
-def _path_name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def state_shardings(mesh: Mesh, model: ModelConfig, state: Any) -> Any:
+    """The sharding of every leaf of a tree with named paths, by TABLE.
 
-
-def _leaf_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    for suffix, spec in TABLE:
-        if ("/" + name).endswith("/" + suffix):
+    `state` is a TrainState of arrays or of their shapes, or any part of one; Adafactor's part
+    needs the parameters beside it. Raises ConfigError if an axis of the mesh does not divide an
+    axis of a leaf.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves
+    }
+    axes = _head_axes(mesh, model)
+    shardings = []
+    for name, shape in shapes.items():
+        spec = P(*(axes.get(axis, axis) for axis in _partition_spec(name, shapes)))
+        if spec != P():
             _check_divides(mesh, name, shape, spec)
-            return NamedSharding(mesh, spec)
-    return replicated(mesh)
+        shardings.append(NamedSharding(mesh, spec))
+    return jax.tree.unflatten(structure, shardings)
+
+
+def _head_axes(mesh: Mesh, model: ModelConfig) -> dict[str | None, str | None]:
+    """What the table's axes of heads are on this mesh."""
+    heads = {"query_heads": model.n_heads, "kv_heads": model.kv_heads}
+    return {
+        axis: "tensor" if n_heads > 1 and n_heads % mesh.shape["tensor"] == 0 else None
+        for axis, n_heads in heads.items()
+    }
+
+
+def _partition_spec(name: str, shapes: dict[str, tuple[int, ...]]) -> P:
+    """The axes of the leaf of that name, in the table's words."""
+    spec = next((spec for suffix, spec in TABLE if f"/{name}".endswith(f"/{suffix}")), P())
+    moment = _ADAFACTOR.fullmatch(name)
+    if moment is None or spec == P():
+        return spec
+    return _moment_spec(moment[1], spec, shapes[name], shapes[f"params/{moment[2]}"])
+
+
+def _moment_spec(moment: str, spec: P, shape: tuple[int, ...], parameter: tuple[int, ...]) -> P:
+    """The axes of one of Adafactor's moments, from those of its parameter.
+
+    A factored parameter has means over its longest axis in v_row and over the second longest in
+    v_col, the layers' axis aside, and a placeholder of size 1 in v; another has v whole and two
+    placeholders. (Of axes of one length, the last is the longest.)
+    """
+    if moment == "v":
+        return spec if shape == parameter else P()
+    first = len(parameter) - 2
+    by_length = first + np.argsort(parameter[first:], kind="stable")
+    dropped = by_length[-1 if moment == "v_row" else -2]
+    if shape != parameter[:dropped] + parameter[dropped + 1 :]:
+        return P()
+    return P(*spec[:dropped], *spec[dropped + 1 :])
 
 
 def _check_divides(mesh: Mesh, name: str, shape: tuple[int, ...], spec: P) -> None:

@@ -16,11 +16,26 @@ from model.config import ConfigError, ModelConfig, OptimizerConfig, validate, va
 from model.layers import Randomness
 from model.objective import objective, token_nats
 from model.optimizer import apply_gradients, make_optimizer
-from model.quantizer import codebook_health, update_codebooks
+from model.quantizer import (
+    CodeStatistics,
+    codebook_health,
+    dead_codes,
+    move_to_means,
+    revive_codes,
+    spread_centres,
+    update_codebooks,
+)
 from model.transformer import Cache, bind, initial_cache, initial_network
 
-UPDATE_STREAM, BATCH_STREAM = 0, 1
-"""Keys of random numbers that are drawn anew each update, and once a batch."""
+UPDATE_STREAM, BATCH_STREAM, CODEBOOK_STREAM = 0, 1, 2
+"""Keys of random numbers that are drawn anew each update, once a batch, and before the first."""
+
+CANDIDATES_PER_CODE = 16
+"""Keys of the first update over codewords that k-means is given, at most."""
+
+LOGITS_AT_ONCE = 2**24
+"""Logits of the global batch that an evaluation holds at a time (64 MiB in float32), unless those
+of a single position are more."""
 
 SPIKE_MEMORY = 100
 """Updates that the loss's moving mean and variance look back."""
@@ -103,6 +118,9 @@ class UpdateMetrics(NamedTuple):
     """Fraction of the codes drawn."""
     relative_error: Float[Array, "*N"]
     """Distance of keys to their codewords over the keys' norm."""
+    dead_codes: Float[Array, "*N"]
+    """Codes of a codebook that the moving averages leave with a count below DEAD_BELOW, revived or
+    not."""
 
 
 def initial_state(
@@ -147,17 +165,63 @@ def train_step(
     def pieces(array: Array) -> Array:
         return jnp.moveaxis(array.reshape(B, T // update_length, update_length), 1, 0)
 
-    key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
-    randomness = Randomness(
-        update=jax.random.fold_in(key, UPDATE_STREAM),
-        batch=jax.random.fold_in(jax.random.fold_in(key, BATCH_STREAM), state.batches),
-        rows=batch.rows,
-    )
+    randomness = _randomness(state, batch.rows)
     step = functools.partial(_update, model, optimizer, randomness)
-    carry = (state, initial_cache(model, B), jnp.ones((), bool))
+    carry = (state, initial_cache(model, B, T), jnp.ones((), bool))
     data = (pieces(batch.inputs), pieces(batch.targets), pieces(batch.loss_mask))
     (state, _, _), metrics = lax.scan(step, carry, data)
     return state._replace(batches=state.batches + 1), metrics
+
+
+def _randomness(state: TrainState, rows: UInt[Array, " B"]) -> Randomness:
+    """That of a batch; its updates are yet to fold their number into `update`."""
+    key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+    return Randomness(
+        update=jax.random.fold_in(key, UPDATE_STREAM),
+        batch=jax.random.fold_in(jax.random.fold_in(key, BATCH_STREAM), state.batches),
+        rows=rows,
+    )
+
+
+def kmeans_codebooks(
+    model: ModelConfig, update_length: int, state: TrainState, batch: Batch
+) -> TrainState:
+    """The state with codebooks from k-means over keys that its next update will see, a random
+    sample of its unmasked ones; meant for the first batch, before `train_step`.
+
+    Layer after layer, as the keys of one depend on the codewords of those below. Each takes a
+    forward pass through the whole network, so it costs as much as n_layers / 3 updates.
+    Counts are 1, as in random codebooks. Pure; meant for jit with the first two arguments bound.
+    """
+    B, T = batch.inputs.shape
+    validate_update_length(T, update_length)
+    inputs, loss_mask = (a[:, :update_length] for a in (batch.inputs, batch.loss_mask))
+    randomness = _randomness(state, batch.rows)
+    randomness = randomness._replace(update=jax.random.fold_in(randomness.update, state.updates))
+    key = jax.random.fold_in(
+        jax.random.wrap_key_data(state.key, impl="threefry2x32"), CODEBOOK_STREAM
+    )
+
+    def cluster(layer: Int[Array, ""], codebooks: dict) -> dict:
+        statistics = bind(model, state.params, codebooks)(
+            inputs,
+            initial_cache(model, B),
+            loss_mask=loss_mask,
+            randomness=randomness,
+            n_candidates=CANDIDATES_PER_CODE * model.n_codes,
+        ).statistics
+        assert statistics is not None  # because keys are quantised and there is a loss mask
+        candidates = jax.tree.map(lambda leaf: leaf[layer], statistics.candidates)
+        centres = spread_centres(candidates, model.n_codes, jax.random.fold_in(key, layer))
+        centres = move_to_means(centres, candidates, model.kmeans_iterations)
+        old = codebooks["layers"]["codebook"]
+        new = {
+            "sums": old["sums"].at[layer].set(centres),
+            "counts": old["counts"].at[layer].set(1),
+        }
+        return {"layers": {"codebook": new}}
+
+    return state._replace(codebooks=lax.fori_loop(0, model.n_layers, cluster, state.codebooks))
 
 
 def _update(
@@ -183,12 +247,8 @@ def _update(
     loss = (parts.nats / jnp.maximum(tokens, 1)).astype(jnp.float32)
     sound = sound & jnp.isfinite(loss) & jnp.isfinite(applied.gradient_norm)
     spikes, sigmas = _watch(state.spikes, loss, sound)
-    moved = (
-        applied.params,
-        applied.optimizer,
-        update_codebooks(state.codebooks, parts.statistics, model.codebook_decay),
-        parts.cache,
-    )
+    codebooks, dead = _move_codebooks(model, state.codebooks, parts.statistics)
+    moved = (applied.params, applied.optimizer, codebooks, parts.cache)
     kept = (state.params, state.optimizer, state.codebooks, cache)
     params, optimizer_state, codebooks, cache = jax.tree.map(
         lambda new, old: jnp.where(sound, new, old), moved, kept
@@ -206,6 +266,7 @@ def _update(
         codebook_perplexity=health.perplexity.astype(jnp.float32),
         codebook_usage=health.usage.astype(jnp.float32),
         relative_error=health.relative_error.astype(jnp.float32),
+        dead_codes=dead.astype(jnp.float32),
     )
     state = state._replace(
         params=params,
@@ -215,6 +276,20 @@ def _update(
         spikes=spikes,
     )
     return (state, cache, sound), metrics
+
+
+def _move_codebooks(
+    model: ModelConfig, codebooks: dict, statistics: CodeStatistics | None
+) -> tuple[dict, Float[Array, ""]]:
+    """The codebooks after an update, and how many codes its moving averages left dead."""
+    if statistics is None:
+        return codebooks, jnp.zeros(())
+    codebooks = update_codebooks(codebooks, statistics, model.codebook_decay)
+    dead = dead_codes(codebooks)
+    if model.revive_below:
+        assert statistics.candidates is not None  # because the objective asks for them
+        codebooks = revive_codes(codebooks, statistics.candidates, model.revive_below)
+    return codebooks, dead
 
 
 def _watch(
@@ -241,9 +316,21 @@ def evaluation_step(
 ) -> Float[Array, "B T"]:
     """Negative log-likelihood of each target in nats, float32, 0 where masked.
 
-    The cache begins empty and is carried along the window.
+    The cache begins empty and is carried along the window. Logits are made and used in pieces of
+    positions, LOGITS_AT_ONCE.
     """
+    B, T = batch.inputs.shape
     network = bind(model, params, codebooks)
-    features = network(batch.inputs, initial_cache(model, batch.inputs.shape[0])).features
-    nats = token_nats(network.logits(features), batch.targets, batch.loss_mask)
-    return nats.astype(jnp.float32)
+    features = network(batch.inputs, initial_cache(model, B, T)).features
+    n_pieces = -(-T // max(1, LOGITS_AT_ONCE // (B * model.vocab_size)))
+    length = -(-T // n_pieces)
+
+    def pieces(array: Array) -> Array:
+        array = jnp.pad(array, [(0, 0), (0, n_pieces * length - T)] + [(0, 0)] * (array.ndim - 2))
+        return jnp.moveaxis(array.reshape(B, n_pieces, length, *array.shape[2:]), 1, 0)
+
+    nats = lax.map(
+        lambda piece: token_nats(network.logits(piece[0]), *piece[1:]),
+        (pieces(features), pieces(batch.targets), pieces(batch.loss_mask)),
+    )
+    return jnp.moveaxis(nats, 0, 1).reshape(B, -1)[:, :T].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The network: embeddings, stacked gated attention units, output; its cache and initialisation.
+"""The network: embeddings, stacked attention units, output; its cache and initialisation.
 
 B batch, T tokens, M window, P = M + 1 distances, D model width.
 
@@ -16,9 +16,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from model.attention import LayerCache, empty_cache
-from model.config import ModelConfig
+from model.config import EOS_ID, ConfigError, ModelConfig
 from model.layers import (
-    GatedAttentionUnit,
+    AttentionUnit,
     Norm,
     Purpose,
     Randomness,
@@ -40,12 +40,16 @@ class Network(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What the network remembers of earlier tokens, of constant size."""
+    """What the network remembers of earlier tokens; of constant size unless it attends all keys."""
 
     layers: LayerCache
     """With the layers stacked on the first axis."""
     length: Int[Array, ""]
     """int32 number of tokens seen."""
+    document: Int[Array, " B"] | None
+    """int32 number of the newest token's document; None unless documents are isolated."""
+    document_start: Int[Array, " B"] | None
+    """int32 position of that document's first token."""
 
 
 class Features(NamedTuple):
@@ -92,8 +96,8 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=config.n_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs: nnx.Rngs) -> GatedAttentionUnit:
-            return GatedAttentionUnit(config, rngs=rngs)
+        def stack(rngs: nnx.Rngs) -> AttentionUnit:
+            return AttentionUnit(config, rngs=rngs)
 
         self.config = config
         self.embedding = Embedding(config, rngs=rngs)
@@ -112,15 +116,20 @@ class Transformer(nnx.Module):
         *,
         loss_mask: Bool[Array, "B T"] | None = None,
         randomness: Randomness | None = None,
+        n_candidates: int = 0,
     ) -> Features:
         """Reads T tokens that follow those in the cache.
 
-        With a loss mask, code statistics of its tokens come along; with randomness, dropouts act.
+        With a loss mask, code statistics of its tokens come along; with randomness, dropouts act,
+        and statistics have `n_candidates`, or as many as there are tokens.
         """
         config = self.config
         x = self.embedding.table[...][tokens].astype(config.dtype)
+        documents, starts = _documents(tokens, cache)
         if config.absolute_positions:
             positions = cache.length + jnp.arange(tokens.shape[1])
+            if starts is not None:
+                positions = positions - starts
             x += self._sinusoids(positions) * self.position.scale[...].astype(config.dtype)
         if randomness is not None and (rate := config.embedding_dropout):
             x *= keep_by_row(
@@ -136,7 +145,14 @@ class Transformer(nnx.Module):
             attend = nnx.merge(unit, params, codebook)
             own = None if randomness is None else randomness.of_layer(index)
             x, layer_cache, statistics = attend(
-                x, layer_cache, cache.length, distances, loss_mask, own
+                x,
+                layer_cache,
+                cache.length,
+                distances,
+                documents,
+                loss_mask,
+                own,
+                n_candidates,
             )
             return x, (layer_cache, statistics)
 
@@ -148,7 +164,13 @@ class Transformer(nnx.Module):
         )
         if config.output_norm:
             x = self.output_norm(x)
-        return Features(x, Cache(layers, cache.length + tokens.shape[1]), statistics)
+        cache = Cache(
+            layers,
+            cache.length + tokens.shape[1],
+            None if documents is None else documents[:, -1],
+            None if starts is None else starts[:, -1],
+        )
+        return Features(x, cache, statistics)
 
     def logits(self, features: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """Unnormalised log-probabilities of the next tokens, in the parameters' dtype."""
@@ -164,7 +186,7 @@ class Transformer(nnx.Module):
         )
         return ((logits + bias) * self.config.output_scale).reshape(B, T, -1)
 
-    def _sinusoids(self, positions: Int[Array, " P"]) -> Float[Array, "P D"]:
+    def _sinusoids(self, positions: Int[Array, "*P"]) -> Float[Array, "*P D"]:
         config = self.config
         dtype = parameter_dtype(config)
         table = sinusoids(positions, config.d_model, config.position_base, dtype)
@@ -190,16 +212,41 @@ def _graph(config: ModelConfig) -> nnx.GraphDef:
     return nnx.split(abstract, nnx.Param, CodebookVariable)[0]
 
 
-def initial_cache(config: ModelConfig, batch_size: int) -> Cache:
-    """The cache of B rows before their first token."""
+def initial_cache(config: ModelConfig, batch_size: int, capacity: int | None = None) -> Cache:
+    """The cache of B rows before their first token.
+
+    `capacity` is the most tokens that it will see; only a network that attends all keys needs it,
+    and raises ConfigError without.
+    """
+    if config.attends_all_keys and capacity is None:
+        raise ConfigError(
+            "capacity: the cache of unquantised attention grows with the length, expected the"
+            " most tokens that it will see, got none"
+        )
+    columns = capacity if config.attends_all_keys and capacity else config.window
+    summarized = config.compressive_cache and config.quantized_keys
     layers = empty_cache(
-        (config.n_layers, batch_size, config.n_heads),
-        window=config.window,
-        n_codes=config.n_codes,
+        (config.n_layers, batch_size, config.kv_heads),
+        capacity=columns,
+        n_codes=config.n_codes if summarized else None,
         d_key=config.d_key,
         d_value=config.d_value,
-        compressive_cache=config.compressive_cache,
+        isolated=config.isolate_documents,
         dtype=jnp.dtype(config.dtype),
         statistics_dtype=parameter_dtype(config),
     )
-    return Cache(layers, jnp.zeros((), jnp.int32))
+    none = jnp.zeros(batch_size, jnp.int32) if config.isolate_documents else None
+    return Cache(layers, jnp.zeros((), jnp.int32), none, none)
+
+
+def _documents(
+    tokens: Int[Array, "B T"], cache: Cache
+) -> tuple[Int[Array, "B T"] | None, Int[Array, "B T"] | None]:
+    """Number and first position of each token's document, which an eos begins."""
+    if cache.document is None or cache.document_start is None:
+        return None, None
+    begins = tokens == EOS_ID
+    positions = cache.length + jnp.arange(tokens.shape[1])
+    documents = cache.document[:, None] + jnp.cumsum(begins, axis=1, dtype=jnp.int32)
+    starts = lax.cummax(jnp.where(begins, positions, 0), axis=1)
+    return documents, jnp.maximum(cache.document_start[:, None], starts)

@@ -1,7 +1,6 @@
 """Tests for a process of four devices; `test_several_devices.py` runs them in one."""
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 from pathlib import Path
@@ -17,7 +16,7 @@ from jobs.checkpoints import CheckpointWriter, leaf_sums, restore_newest
 from jobs.global_batch import GlobalBatch
 from jobs.run_directory import Fence, Lease, RunDirectory
 from model.config import PRESETS, OptimizerConfig
-from model.sharding import batch_sharding, make_mesh, state_shardings
+from model.sharding import abstract_state, batch_sharding, make_mesh
 from model.training import initial_state
 from pipeline.loader import Batch, training_batches
 from tests.micro import write_micro
@@ -43,20 +42,18 @@ def mesh_of(name: str) -> jax.sharding.Mesh:
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
+MODEL = PRESETS["tiny"]
+
+
 def abstract_on(name: str, state: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        state_shardings(mesh_of(name), state),
-    )
+    return abstract_state(mesh_of(name), MODEL, lambda: state)
 
 
-@pytest.fixture(scope="module")
-def state() -> Any:
+@pytest.fixture(scope="module", params=["adamw", "lion", "adafactor"])
+def state(request: pytest.FixtureRequest) -> Any:
     """The tiny model's train state with a distinct number in every place."""
-    # 260: a vocabulary that two devices divide, else a tensor axis is refused.
-    model = dataclasses.replace(PRESETS["tiny"], vocab_size=260)
-    shapes = jax.eval_shape(lambda: initial_state(model, OptimizerConfig(schedule_steps=9), 0))
+    optimizer = OptimizerConfig(name=request.param, schedule_steps=9)
+    shapes = jax.eval_shape(lambda: initial_state(MODEL, optimizer, 0))
     random = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: random.integers(1, 2**31, leaf.shape).astype(leaf.dtype), shapes
@@ -103,8 +100,8 @@ def test_a_checkpoint_restores_on_every_mesh(state: Any, saved_on: str, tmp_path
 def test_a_mesh_splits_the_state(state: Any):
     # Else the test above proves nothing.
     for name in ("two-fsdp", "two-tensor", "four-fsdp", "four-mixed"):
-        shardings = jax.tree.leaves(state_shardings(mesh_of(name), state))
-        assert any(not sharding.is_fully_replicated for sharding in shardings), name
+        leaves = jax.tree.leaves(abstract_on(name, state))
+        assert any(not leaf.sharding.is_fully_replicated for leaf in leaves), name
 
 
 # ---- Batches -------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ NAMES = {
     "codebook/perplexity_codes": "codebook_perplexity",
     "codebook/usage_fraction": "codebook_usage",
     "codebook/relative_error": "relative_error",
+    "codebook/dead_codes": "dead_codes",
 }
 
 

@@ -2,52 +2,167 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jobs import sample
 from jobs.console import Console
+from jobs.errors import UserError
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
+from jobs.sample import Sample
 from jobs.trained_model import TrainedModel
-from model.config import ModelConfig
+from model.config import EOS_ID, N_SPECIAL, ModelConfig
 from model.training import initial_state
+from model.transformer import bind, initial_cache
 from tests.pipeline.corpora import write_corpus
 
+MODEL = ModelConfig(n_layers=1, d_model=8, d_key=4, d_value=8, n_codes=4, block_length=4)
+ASCII = np.zeros(MODEL.vocab_size, bool)
+ASCII[[EOS_ID, *range(N_SPECIAL + 32, N_SPECIAL + 127)]] = True
 
-def test_a_prompt_that_is_not_utf_8_is_read_as_typed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    write_corpus(tmp_path / "corpus", train=[[[b"text"]]])
+Command = Callable[..., list[Sample]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    """Writes ASCII, so that its text tells its tokens, and ends now and then."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, train=[[[b"text"]]])
     recipe = Recipe()
     recipe = replace(
         recipe,
-        model=ModelConfig(n_layers=1, d_model=8, d_key=4, d_value=8, n_codes=4, block_length=4),
-        data=replace(recipe.data, corpus=str(tmp_path / "corpus")),
+        model=MODEL,
+        data=replace(recipe.data, corpus=str(folder)),
         optimizer=replace(recipe.optimizer, schedule_steps=1000),
     )
     state = initial_state(recipe.model, recipe.optimizer, 0)
-    trained = TrainedModel(recipe, 0, {}, state.params, state.codebooks)
+    embedding = dict(state.params["embedding"])
+    embedding["bias"] = jnp.where(ASCII, 0.0, -100.0).at[EOS_ID].set(2.0)
+    params = {**state.params, "embedding": embedding}
+    return TrainedModel(recipe, 0, {}, params, state.codebooks)
+
+
+@pytest.fixture
+def command(tmp_path: Path, trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.setattr(sample, "load_trained_model", lambda run: trained)
+    monkeypatch.setattr(RunDirectory, "existing", RunDirectory.at)
+
+    def run(*, quiet: bool = False, **options) -> list[Sample]:
+        options = {"tokens": 12, "temperature": 1.0, "top_p": 1.0, "seed": 0, **options}
+        return sample.sample_command(tmp_path, "run", console=Console(quiet=quiet), **options)
+
+    return run
+
+
+def test_a_prompt_that_is_not_utf_8_is_read_as_typed(
+    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     read = []
     monkeypatch.setattr(
         sample,
         "model_ids",
         lambda tokenizer, text: read.append(text) or list(tokenizer.encode(text)),
     )
-    monkeypatch.setattr(RunDirectory, "existing", RunDirectory.at)
-    sample.sample_command(
-        tmp_path,
-        "run",
-        prompt=os.fsdecode(b"caf\xe9"),
-        tokens=2,
-        temperature=1.0,
-        top_p=1.0,
-        seed=0,
-        console=Console(),
-        as_json=True,
-    )
+    command(prompts=[os.fsdecode(b"caf\xe9")], tokens=2, as_json=True)
     assert read == [b"caf\xe9"]
-    assert json.loads(capsys.readouterr().out)["prompt"] == "caf\ufffd"
+    assert json.loads(capsys.readouterr().out)["samples"][0]["prompt"] == "caf\ufffd"
+
+
+def test_prompts_of_any_length_are_gone_on_from(command: Command, trained: TrainedModel):
+    """At temperature 0 each token is the likeliest that the network gives after those before."""
+    prompts = ["ab", "", "something longer", "cd"]
+    drawn = command(prompts=prompts, temperature=0.0, ignore_eos=True)
+    assert [one.prompt for one in drawn] == prompts
+    network = bind(MODEL, trained.params, trained.codebooks)
+    cache = initial_cache(MODEL, 1)
+    logits_of = jax.jit(lambda ids: network.logits(network(ids, cache).features))
+    for prompt, text, tokens, ended in drawn:
+        assert (len(text), tokens, ended) == (12, 12, False)
+        whole = np.frombuffer((prompt + text).encode(), np.uint8).astype(np.int32) + N_SPECIAL
+        padded = np.full((1, 32), N_SPECIAL, np.int32)
+        padded[0, : len(whole) + 1] = [EOS_ID, *whole]
+        logits = np.array(logits_of(padded))[0, len(prompt) : len(whole)]
+        logits[:, EOS_ID] = -np.inf
+        np.testing.assert_array_equal(whole[len(prompt) :], logits.argmax(-1))
+
+
+def test_a_sample_does_not_depend_on_those_beside_it(command: Command):
+    """Their number decides which are drawn in one batch, not what is drawn."""
+    three = command(prompts=["ab", "cdefg", "xy"])
+    assert command(prompts=["ab", "cdefg"]) == three[:2]
+    many = command(prompts=["ab"], samples=6)
+    assert many[0] == three[0]
+    assert len({one.text for one in many}) == 6
+    assert command(prompts=["ab"], samples=6) == many
+    assert command(prompts=["ab"], samples=6, seed=1) != many
+
+
+def test_a_text_ends_at_eos(command: Command, capsys: pytest.CaptureFixture[str]):
+    drawn = command(prompts=["ab"], samples=6, tokens=40, as_json=True)
+    assert {one.ended for one in drawn} == {True, False}
+    for one in drawn:
+        assert len(one.text) == one.tokens
+        assert one.ended == (one.tokens < 40)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == {
+        "run": "run",
+        "update": 0,
+        "seed": 0,
+        "samples": [one._asdict() for one in drawn],
+    }
+
+
+def test_what_is_printed(command: Command, capsys: pytest.CaptureFixture[str]):
+    [one] = command(prompts=["ab"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"run at update 0: {one.tokens} tokens in ")
+    assert lines[0].endswith("with compilation" + ", ended by itself" * one.ended)
+    assert lines[1:] == ["ab" + one.text]
+
+    drawn = command(prompts=["ab"], samples=2)
+    lines = capsys.readouterr().out.splitlines()
+    total = sum(one.tokens for one in drawn)
+    assert lines[0].startswith(f"run at update 0: 2 samples, {total} tokens in ")
+    expected = []
+    for number, one in enumerate(drawn, start=1):
+        ended = ", ended by itself" if one.ended else ""
+        expected += ["", f"== sample {number} of 2: {one.tokens} tokens{ended}", "ab" + one.text]
+    assert lines[1:] == expected
+
+    command(prompts=["ab"], samples=2, quiet=True)
+    assert capsys.readouterr().out.splitlines() == ["ab" + one.text for one in drawn]
+
+
+def test_prompts_of_a_file(command: Command, tmp_path: Path):
+    """One a line, whatever ends the lines; those of the command line come first."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"ab\r\n\ncaf\xe9\nlast")
+    drawn = command(prompts=["ab"], prompts_file=file, samples=2, tokens=1)
+    typed = ["ab", "ab", "", "caf\ufffd", "last"]
+    assert [one.prompt for one in drawn] == [prompt for prompt in typed for _ in range(2)]
+
+
+def test_without_a_prompt_a_document_begins(command: Command):
+    assert command() == command(prompts=[""])
+    assert [one.prompt for one in command(tokens=1)] == [""]
+
+
+def test_mistakes_name_the_option(command: Command, tmp_path: Path):
+    (tmp_path / "empty").touch()
+    for options, expected in [
+        ({"prompts_file": tmp_path / "none"}, r"^--prompts .*none: .* No such file"),
+        ({"prompts_file": tmp_path / "empty"}, r"^--prompts .*empty: .* an empty file$"),
+        ({"prompts_file": tmp_path}, r"^--prompts .*: .* Is a directory$"),
+        ({"temperature": float("inf")}, r"^--temperature: needs a finite number, got inf$"),
+        ({"min_p": float("nan")}, r"^--min-p: needs a finite number, got nan$"),
+        ({"top_p": float("nan")}, r"^--top-p: needs a finite number, got nan$"),
+    ]:
+        with pytest.raises(UserError, match=expected):
+            command(**options)

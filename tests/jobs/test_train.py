@@ -194,7 +194,7 @@ def test_samples_repeat_with_their_seed(workplace, undisturbed):
     def text(seed: int) -> str:
         command = [*TVQ, "sample", "undisturbed", "--tokens", "40", "--seed", str(seed), "--json"]
         run = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=True)
-        return json.loads(run.stdout)["text"]
+        return json.loads(run.stdout)["samples"][0]["text"]
 
     assert text(1) == text(1)
     assert text(1) != text(2)

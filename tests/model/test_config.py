@@ -80,7 +80,10 @@ def test_parameter_counts_of_the_paper(name, trained):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_counted_parameters_are_those_made(name):
-    config = PRESETS[name]
+    check_counts(PRESETS[name])
+
+
+def check_counts(config: ModelConfig):
     validate(config)
     state = jax.eval_shape(lambda: initial_state(config, CONSTANT, 0))
 
@@ -90,12 +93,59 @@ def test_counted_parameters_are_those_made(name):
     assert parameter_count(config) == (size(state.params), size(state.codebooks))
 
 
+@pytest.mark.parametrize("name", ["tiny", "small"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_heads": 4, "n_kv_heads": 2},
+        {"quantized_keys": False},
+        {"d_feed_forward": 96, "n_heads": 4, "n_kv_heads": 1},
+    ],
+)
+def test_counted_parameters_of_other_heads_are_those_made(name, changes):
+    check_counts(replace(PRESETS[name], **changes))
+
+
 def test_flops_are_linear_in_depth_and_more_with_the_cache():
     config = PRESETS["tiny"]
-    one, two, three = (flops_per_token(replace(config, n_layers=n)) for n in (1, 2, 3))
+    one, two, three = (flops_per_token(replace(config, n_layers=n), 512) for n in (1, 2, 3))
     assert three - two == two - one
+    assert flops_per_token(config, 512) == flops_per_token(config, 4096)
     without = replace(config, compressive_cache=False)
     merged, scored = config.d_value, config.d_key + config.d_value
     cache = config.n_layers * config.n_codes * (merged + scored)
-    assert flops_per_token(config) - flops_per_token(without) == 6 * cache
-    assert flops_per_token(config) > 3 * flops_per_token(config, training=False)
+    assert flops_per_token(config, 512) - flops_per_token(without, 512) == 6 * cache
+    assert flops_per_token(config, 512) > 3 * flops_per_token(config, 512, training=False)
+
+
+def test_flops_of_unquantised_attention_are_those_of_the_causal_pairs():
+    """D 8, K 4, V 16, one head, M 2, one layer, 10 tokens a vocabulary, by hand."""
+    config = ModelConfig(
+        vocab_size=10, n_layers=1, d_model=8, d_key=4, d_value=16, window=2, quantized_keys=False
+    )
+    projections = 8 * (4 + 4 + 16 + 16 + 16)
+    positions = (2 + 1) * 4
+    columns = sum(range(1, 8)) // 7  # a window of 7 tokens: 1 + 2 + ... + 7 pairs
+    forward = projections + positions + columns * (4 + 16) + 8 * 10
+    assert flops_per_token(config, 7) == 6 * forward
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("n_kv_heads", {"n_heads": 4, "n_kv_heads": 3}),
+        ("d_feed_forward", {"d_feed_forward": 0}),
+        ("attention_form", {"attention_form": "parallel", "quantized_keys": False}),
+        ("attention_form", {"attention_form": "dense", "gradient_block": 64}),
+        ("gradient_through_cache", {"gradient_through_cache": False}),
+        ("block_length", {"gradient_block": 64, "block_length": 32}),
+        ("kmeans_iterations", {"kmeans_iterations": -1}),
+        ("revive_below", {"revive_below": -1.0}),
+    ],
+)
+def test_fields_that_do_not_go_together_name_the_one_to_change(field, changes):
+    config = ModelConfig()
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)
+    with pytest.raises(ConfigError, match=rf"^model\.{field}: .*got"):
+        validate(config)

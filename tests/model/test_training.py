@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from model import training
 from model.config import ConfigError
 from model.layers import Purpose, Randomness, keep, keep_by_row
-from model.training import evaluation_step, initial_state, train_step
+from model.sharding import batch_sharding, make_mesh, replicated
+from model.training import evaluation_step, initial_state, kmeans_codebooks, train_step
 from model.transformer import bind, initial_cache
 from tests.model import toy
 from tests.model.golden import Rows
@@ -84,6 +86,25 @@ def test_evaluation_is_the_forward_pass_over_the_window(read):
     expected = nats_of(logits, batch.targets)
     np.testing.assert_allclose(nats, np.where(batch.loss_mask, expected, 0), atol=1e-5)
     assert nats.dtype == jnp.float32
+
+
+def test_evaluation_never_holds_all_logits(monkeypatch):
+    """In pieces of 5 of the 24 positions, the last not full, the figures are the same."""
+    model = replace(toy.MODEL, vocab_size=29)  # no other axis is as long
+    batch, state = toy.rows(), toy.state(model)
+    arguments = (state.params, state.codebooks, batch)
+    whole, pieces = (jax.jit(functools.partial(evaluation_step, model)) for _ in range(2))
+    expected = whole(*arguments)
+    limit = 4 * 5 * model.vocab_size
+    monkeypatch.setattr(training, "LOGITS_AT_ONCE", limit)
+    np.testing.assert_allclose(pieces(*arguments), expected, atol=1e-6)
+    logits = [
+        variable.aval.size
+        for equation in equations(jax.make_jaxpr(pieces)(*arguments).jaxpr)
+        for variable in equation.outvars
+        if variable.aval.shape[-1:] == (model.vocab_size,)
+    ]
+    assert max(logits) == limit
 
 
 def test_the_same_again_is_bitwise_the_same(step):
@@ -186,21 +207,24 @@ def test_remat_and_unrolling_change_nothing(step):
         np.testing.assert_allclose(left, right, atol=1e-4)
 
 
+def equations(jaxpr):
+    """All equations of a program, those inside its loops too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def program(model):
+    """The equations of a train step, traced with abstract values."""
+    abstract = jax.eval_shape(lambda: toy.state(model))
+    step = functools.partial(train_step, model, toy.OPTIMIZER, UPDATE_LENGTH)
+    return list(equations(jax.make_jaxpr(step)(abstract, toy.rows()).jaxpr))
+
+
 def test_depth_does_not_lengthen_the_program():
-    def equations(n_layers):
-        model = replace(toy.MODEL, n_layers=n_layers)
-        abstract = jax.eval_shape(lambda: toy.state(model))
-        step = functools.partial(train_step, model, toy.OPTIMIZER, UPDATE_LENGTH)
-        return count(jax.make_jaxpr(step)(abstract, toy.rows()).jaxpr)
-
-    def count(jaxpr) -> int:
-        total = len(jaxpr.eqns)
-        for equation in jaxpr.eqns:
-            for inner in jaxprs_in_params(equation.params):
-                total += count(inner)
-        return total
-
-    assert equations(2) == equations(9)
+    two, nine = (len(program(replace(toy.MODEL, n_layers=n))) for n in (2, 9))
+    assert two == nine
 
 
 def test_dropout_masks():
@@ -269,10 +293,102 @@ def test_bfloat16_activations(step):
         jnp.dtype("float32")
     }
     cache = initial_cache(model, 1).layers._asdict()
-    assert {name: leaf.dtype.name for name, leaf in cache.items()} == {
+    assert {name: leaf.dtype.name for name, leaf in cache.items() if leaf is not None} == {
         "keys": "float32",
         "values": "bfloat16",
         "codes": "int32",
         "counts": "float32",
         "means": "float32",
     }
+
+
+def all_keys(model, state, batch):
+    """Every unmasked key of a batch's first update: arrays [layers, H, n, K], and statistics."""
+    network = bind(model, state.params, state.codebooks)
+
+    @jax.jit
+    def read(part):
+        return network(
+            part.inputs,
+            initial_cache(model, 4),
+            loss_mask=part.loss_mask,
+            randomness=Randomness(jax.random.key(0), jax.random.key(0), part.rows),
+            n_candidates=part.inputs.size,
+        ).statistics
+
+    part = first_updates(batch, 1)
+    statistics = read(part)
+    assert (statistics.candidates.priorities > 0).sum(-1).tolist() == [part.loss_mask.sum()] * 2
+    return np.asarray(statistics.candidates.keys), statistics
+
+
+def codewords(state):
+    codebook = state.codebooks["layers"]["codebook"]
+    return np.asarray(codebook["sums"] / jnp.maximum(codebook["counts"], 0.01)[..., None])
+
+
+REVIVING = replace(toy.MODEL, revive_below=1.0)
+
+
+def test_revival_gives_dead_codes_keys_of_the_update(step):
+    """The codes that the published averages leave under 1, those and no others."""
+    batch = first_updates(toy.rows(), 1)
+    reviving = jax.jit(functools.partial(train_step, REVIVING, toy.OPTIMIZER, UPDATE_LENGTH))
+    plain, plain_metrics = step(toy.state(), batch)
+    after, metrics = reviving(toy.state(), batch)
+    dead = np.asarray(plain.codebooks["layers"]["codebook"]["counts"]) < 1
+    assert dead.any()
+    assert not dead.all()
+    assert metrics.dead_codes.tolist() == plain_metrics.dead_codes.tolist()
+    assert metrics.dead_codes.tolist() == [dead.sum(-1).mean()]
+    np.testing.assert_array_equal(codewords(after)[~dead], codewords(plain)[~dead])
+    keys, _ = all_keys(toy.MODEL, toy.state(), batch)
+    chosen = set()
+    for layer, head, code in np.argwhere(dead):
+        misses = np.abs(keys[layer, head] - codewords(after)[layer, head, code]).max(-1)
+        assert misses.min() < 1e-5
+        chosen.add((layer, head, misses.argmin()))
+    assert len(chosen) == dead.sum()
+    # Nothing else of the update knows of it; another update chooses others.
+    equal((after.params, after.optimizer), (plain.params, plain.optimizer))
+    later, _ = reviving(toy.state()._replace(updates=jnp.int32(1)), batch)
+    assert not np.allclose(codewords(later)[dead], codewords(after)[dead])
+
+
+def test_without_revival_nothing_is_drawn():
+    drawing = {"top_k", "random_bits"}
+    assert drawing.isdisjoint(str(equation.primitive) for equation in program(toy.MODEL))
+    assert drawing <= {str(equation.primitive) for equation in program(REVIVING)}
+
+
+def test_kmeans_starts_each_layer_from_the_keys_that_it_will_see(float64):
+    """At convergence codewords are the means of their keys, under the codebooks below as well."""
+    model = replace(toy.MODEL64, kmeans_iterations=30)
+    state, batch = toy.state(model), toy.rows()
+    after = jax.jit(functools.partial(kmeans_codebooks, model, UPDATE_LENGTH))(state, batch)
+    equal(after._replace(codebooks=None), state._replace(codebooks=None))
+    keys, statistics = all_keys(model, after, batch)
+    counts = np.asarray(statistics.counts)[..., None]
+    assert (counts > 0).all()
+    np.testing.assert_allclose(codewords(after), statistics.sums / counts, atol=1e-12)
+    assert (np.asarray(after.codebooks["layers"]["codebook"]["counts"]) == 1).all()
+    # Better than as many of the keys themselves.
+    distances = ((keys[..., None, :] - keys[..., None, :8, :]) ** 2).sum(-1).min(-1)
+    assert statistics.squared_error.sum() < 0.8 * distances.sum()
+
+
+def test_codebooks_start_alike_on_any_devices(float64):
+    """k-means, then updates with revival: on two devices as on one."""
+    model = replace(toy.MODEL64, kmeans_iterations=3, revive_below=1.0)
+
+    def begin(state, batch):
+        state = kmeans_codebooks(model, UPDATE_LENGTH, state, batch)
+        return train_step(model, toy.OPTIMIZER, UPDATE_LENGTH, state, batch)[0]
+
+    state, batch = toy.state(model), toy.rows()
+    mesh = make_mesh(jax.devices()[:2])
+    expected = jax.jit(begin)(state, batch)
+    actual = jax.jit(begin)(
+        jax.device_put(state, replicated(mesh)), jax.device_put(batch, batch_sharding(mesh))
+    )
+    np.testing.assert_allclose(codewords(actual), codewords(expected), atol=1e-9)

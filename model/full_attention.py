@@ -1,0 +1,274 @@
+"""Attention over all earlier keys, not quantised: the quadratic baseline, in chunks.
+
+The definition is that of `attend_dense` with keys in the place of codewords. A block of queries
+meets the window before it and its own tokens with their positions, and what is older chunk by
+chunk, with the softmax's largest score and sum carried along (Milakov and Gimelshein 2018, Rabe and
+Staats 2021). Chunks that lie ahead of the queries are never computed, so that half of the square
+is skipped; the backward pass computes the weights again.
+
+B batch, T tokens, C capacity, L block length, M window, W = M + L buffer columns,
+P = M + 1 distances, H key and value heads, R query heads to each, Q = R L rows, K key width,
+V value width.
+"""
+
+import functools
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from model.attention import LayerCache, Projections, Scoring
+from model.block_attention import join_blocks, row_blocks
+from model.block_softmax import Rows, flatten_rows, row_max, skew, split_rows, unskew
+
+
+class Keys(NamedTuple):
+    """All tokens so far, M empty columns before them and L after."""
+
+    keys: Float[Array, "B H C K"]
+    values: Float[Array, "B H C V"]
+    documents: Int[Array, "B C"] | None
+
+
+def attend_full(
+    tokens: Projections,
+    scoring: Scoring,
+    cache: LayerCache,
+    length: Int[Array, ""],
+    block_length: int,
+) -> tuple[Float[Array, "B H R T V"], LayerCache]:
+    """Attention of T tokens that follow the `length` ones in the cache, which has room for them.
+
+    Memory is O(T); gradients do not reach the cache.
+    """
+    cache = remember(tokens, cache, length)
+    M, L = scoring.window, min(block_length, tokens.keys.shape[2])
+    rows = Rows(
+        tokens.queries + scoring.content_bias[:, :, None],
+        tokens.queries + scoring.position_bias[:, :, None],
+        tokens.documents,
+    )
+
+    def pad(array: Array, axis: int) -> Array:
+        return jnp.pad(array, [(M, L) if n == axis else (0, 0) for n in range(array.ndim)])
+
+    documents = None if cache.documents is None else pad(cache.documents, 1)
+    keys = Keys(pad(cache.keys, 2), pad(cache.values, 2), documents)
+    values = cast(Array, _full(L, rows, keys, scoring.distances[:, ::-1], length))
+    return values, jax.tree.map(lax.stop_gradient, cache)
+
+
+def attend_full_dense(
+    tokens: Projections, scoring: Scoring, cache: LayerCache, length: Int[Array, ""]
+) -> tuple[Float[Array, "B H R T V"], LayerCache]:
+    """The same with all T x C scores in memory, and automatic differentiation: the plain way."""
+    cache = remember(tokens, cache, length)
+    window, T = scoring.window, tokens.keys.shape[2]
+    position = jnp.arange(cache.keys.shape[2])
+    distance = length + jnp.arange(T)[:, None] - position
+    content = tokens.queries + scoring.content_bias[:, :, None]
+    scores = jnp.einsum("bhrik,bhjk->bhrij", content, cache.keys)
+    by_distance = jnp.einsum(
+        "bhrik,hpk->bhrip", tokens.queries + scoring.position_bias[:, :, None], scoring.distances
+    )
+    near = by_distance[..., jnp.arange(T)[:, None], jnp.clip(distance, 0, window)]
+    attended = distance >= 0
+    if tokens.documents is not None and cache.documents is not None:
+        same = tokens.documents[:, :, None] == cache.documents[:, None, :]
+        attended = attended & same[:, None, None]
+    scores = jnp.where(attended, scores + jnp.where(distance <= window, near, 0), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(cache.values.dtype)
+    values = jnp.einsum("bhrij,bhjv->bhriv", weights, cache.values)
+    return values, jax.tree.map(lax.stop_gradient, cache)
+
+
+def remember(tokens: Projections, cache: LayerCache, length: Int[Array, ""]) -> LayerCache:
+    """The cache with the tokens in their places."""
+
+    def put(old: Array, new: Array, axis: int) -> Array:
+        return lax.dynamic_update_slice_in_dim(
+            lax.stop_gradient(old), new.astype(old.dtype), length, axis
+        )
+
+    documents = cache.documents
+    if documents is not None and tokens.documents is not None:
+        documents = put(documents, tokens.documents, 1)
+    return cache._replace(
+        keys=put(cache.keys, tokens.keys, 2),
+        values=put(cache.values, tokens.values, 2),
+        documents=documents,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _full(
+    block_length: int,
+    rows: Rows,
+    keys: Keys,
+    distances: Float[Array, "H P K"],
+    length: Int[Array, ""],
+) -> Float[Array, "B H R T V"]:
+    return _full_forward(block_length, rows, keys, distances, length)[0]
+
+
+def _full_forward(block_length, rows, keys, distances, length):
+    T, R, M = rows.content.shape[3], rows.content.shape[2], distances.shape[1] - 1
+
+    def step(_, block: tuple[Int[Array, ""], Rows]):
+        index, rows = block
+        begin = length + index * block_length
+        buffer = _cut(keys, begin, M + block_length)
+        content = flatten_rows(rows.content)
+        scores = _near_scores(rows, buffer, distances, begin)
+        largest = row_max(scores)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+
+        def far(chunk: Int[Array, ""], state: tuple[Array, Array, Array]):
+            largest, total, mixed = state
+            part = _cut(keys, M + chunk * block_length, block_length)
+            scores = _far_scores(rows, content, part, chunk, begin - M)
+            higher = jnp.maximum(largest, row_max(scores))
+            shrink, weights = jnp.exp(largest - higher), jnp.exp(scores - higher)
+            total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+            return higher, total, mixed * shrink + _mixed(weights, part.values)
+
+        state = (largest, total, _mixed(weights, buffer.values))
+        n_far = _far_chunks(begin - M, block_length)
+        largest, total, mixed = lax.fori_loop(0, n_far, far, state)
+        total = jnp.maximum(total, jnp.finfo(total.dtype).tiny)
+        values = (mixed / total).astype(keys.values.dtype)
+        return None, (split_rows(values, R), largest + jnp.log(total))
+
+    blocks = (jnp.arange(-(-T // block_length)), row_blocks(rows, block_length))
+    _, (values, normalizers) = lax.scan(step, None, blocks)
+    return join_blocks(values, T), (rows, keys, distances, length, values, normalizers)
+
+
+def _full_backward(block_length, residuals, cotangent):
+    rows, keys, distances, length, values, normalizers = residuals
+    T, R, M = rows.content.shape[3], rows.content.shape[2], distances.shape[1] - 1
+    blocks = (
+        jnp.arange(-(-T // block_length)),
+        row_blocks(rows, block_length),
+        values,
+        normalizers,
+        row_blocks(Rows(cotangent, cotangent, None), block_length).content,
+    )
+
+    def step(carry, block):
+        index, rows, values, normalizer, cotangent = block
+        key_moves, value_moves, distance_moves = carry
+        begin = length + index * block_length
+        content, cotangent = flatten_rows(rows.content), flatten_rows(cotangent)
+        common = jnp.sum(cotangent * flatten_rows(values), axis=-1, keepdims=True)
+
+        def pull(scores, part, start, key_moves, value_moves):
+            """Gradients of the scores, with those of the part's keys and values added."""
+            weights = jnp.exp(scores - normalizer)
+            by_weight = jnp.einsum("bhqv,bhwv->bhqw", cotangent, part.values)
+            moves = weights * (by_weight - common)
+            dtype = part.values.dtype
+            of_values = jnp.einsum("bhqw,bhqv->bhwv", weights.astype(dtype), cotangent)
+            of_keys = jnp.einsum("bhqw,bhqk->bhwk", moves, content)
+            return moves, _add_at(key_moves, of_keys, start), _add_at(value_moves, of_values, start)
+
+        buffer = _cut(keys, begin, M + block_length)
+        scores = _near_scores(rows, buffer, distances, begin)
+        moves, key_moves, value_moves = pull(scores, buffer, begin, key_moves, value_moves)
+        content_moves = jnp.einsum("bhqw,bhwk->bhqk", moves, buffer.keys)
+        by_distance = flatten_rows(unskew(split_rows(moves, R), M + 1))
+
+        def far(chunk, state):
+            content_moves, key_moves, value_moves = state
+            start = M + chunk * block_length
+            part = _cut(keys, start, block_length)
+            scores = _far_scores(rows, content, part, chunk, begin - M)
+            moves, key_moves, value_moves = pull(scores, part, start, key_moves, value_moves)
+            content_moves += jnp.einsum("bhqw,bhwk->bhqk", moves, part.keys)
+            return content_moves, key_moves, value_moves
+
+        n_far = _far_chunks(begin - M, block_length)
+        content_moves, key_moves, value_moves = lax.fori_loop(
+            0, n_far, far, (content_moves, key_moves, value_moves)
+        )
+        position_moves = jnp.einsum("bhqp,hpk->bhqk", by_distance, distances)
+        distance_moves += jnp.einsum("bhqp,bhqk->hpk", by_distance, flatten_rows(rows.position))
+        out = (split_rows(content_moves, R), split_rows(position_moves, R))
+        return (key_moves, value_moves, distance_moves), out
+
+    zeros = (jnp.zeros_like(keys.keys), jnp.zeros_like(keys.values), jnp.zeros_like(distances))
+    (key_moves, value_moves, distance_moves), (content, position) = lax.scan(step, zeros, blocks)
+    return (
+        Rows(join_blocks(content, T), join_blocks(position, T), None),
+        Keys(key_moves, value_moves, None),
+        distance_moves,
+        None,
+    )
+
+
+_full.defvjp(_full_forward, _full_backward)
+
+
+def _near_scores(
+    rows: Rows, buffer: Keys, distances: Float[Array, "H P K"], begin: Int[Array, ""]
+) -> Float[Array, "B H Q W"]:
+    """Against the M tokens before the block and its own; -inf where not attended."""
+    *_, R, L, _ = rows.content.shape
+    W = buffer.keys.shape[2]
+    column = jnp.arange(W)
+    attended = (column <= W - L + jnp.arange(L)[:, None]) & (column >= W - L - begin)
+    scores = jnp.einsum("bhqk,bhwk->bhqw", flatten_rows(rows.content), buffer.keys)
+    by_distance = jnp.einsum("bhqk,hpk->bhqp", flatten_rows(rows.position), distances)
+    scores = split_rows(scores, R) + skew(split_rows(by_distance, R))
+    return flatten_rows(jnp.where(attended & _same_document(rows, buffer), scores, -jnp.inf))
+
+
+def _far_scores(
+    rows: Rows,
+    content: Float[Array, "B H Q K"],
+    part: Keys,
+    chunk: Int[Array, ""],
+    n_far: Int[Array, ""],
+) -> Float[Array, "B H Q L"]:
+    """Against a chunk of older tokens; -inf from position `n_far` on, where near ones begin."""
+    *_, R, L, _ = rows.content.shape
+    scores = jnp.einsum("bhqk,bhwk->bhqw", content, part.keys)
+    attended = chunk * L + jnp.arange(L) < n_far
+    attended = attended & _same_document(rows, part)
+    return flatten_rows(jnp.where(attended, split_rows(scores, R), -jnp.inf))
+
+
+def _same_document(rows: Rows, part: Keys) -> Bool[Array, "B 1 1 L W"] | bool:
+    if rows.documents is None or part.documents is None:
+        return True
+    return (rows.documents[:, :, None] == part.documents[:, None, :])[:, None, None]
+
+
+def _far_chunks(n_far: Int[Array, ""], block_length: int) -> Int[Array, ""]:
+    return -(-jnp.maximum(n_far, 0) // block_length)
+
+
+def _mixed(weights: Float[Array, "B H Q W"], values: Float[Array, "B H W V"]) -> Array:
+    return jnp.einsum(
+        "bhqw,bhwv->bhqv",
+        weights.astype(values.dtype),
+        values,
+        preferred_element_type=weights.dtype,
+    )
+
+
+def _cut(keys: Keys, start: Int[Array, ""], width: int) -> Keys:
+    documents = keys.documents
+    return Keys(
+        lax.dynamic_slice_in_dim(keys.keys, start, width, 2),
+        lax.dynamic_slice_in_dim(keys.values, start, width, 2),
+        None if documents is None else lax.dynamic_slice_in_dim(documents, start, width, 1),
+    )
+
+
+def _add_at(array: Array, part: Array, start: Int[Array, ""]) -> Array:
+    old = lax.dynamic_slice_in_dim(array, start, part.shape[2], 2)
+    return lax.dynamic_update_slice_in_dim(array, old + part.astype(array.dtype), start, 2)
