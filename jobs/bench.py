@@ -12,7 +12,8 @@ from jobs.errors import UserError
 from jobs.host_memory import keep_freed_memory
 from jobs.measurement import Comparison, Measured, Spread, compare
 from jobs.recipe import Recipe
-from model.config import PRESETS, parameter_count
+from model.config import PRESETS
+from model.counts import parameter_count
 
 _GIB = 2**30
 

@@ -11,10 +11,10 @@ from model.config import (
     N_SPECIAL,
     ModelConfig,
     OptimizerConfig,
-    flops_per_token,
     validate,
     validate_update_length,
 )
+from model.counts import flops_per_token
 
 FORMS: Mapping[str, Mapping[str, Any]] = {
     "serial": {"quantized_keys": True, "attention_form": "serial"},

@@ -19,5 +19,5 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_ARENA_MAX, 1)  # the other arenas are given back whole when they are empty
     mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_TRIM_THRESHOLD, -1)  # never
     mallopt(_M_TOP_PAD, 256 * 2**20)

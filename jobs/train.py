@@ -19,7 +19,7 @@ from jobs.run_directory import Lease, RunDirectory, RunRecord
 from jobs.tracking.store import Store, embedded_store, without_credentials
 from jobs.tracking.tracker import Tracker
 from jobs.trainer import run_loop
-from model.config import flops_per_token, parameter_count
+from model.counts import flops_per_token, parameter_count
 from pipeline.manifest import Manifest
 from pipeline.shards import check_length
 

@@ -1,4 +1,4 @@
-"""What a model and its optimizer are made of: configurations, presets, parameter and FLOP counts.
+"""What a model and its optimizer are made of: configurations, presets and what is impossible.
 
 Imports nothing but the standard library, so that a command line can read and check a recipe
 without JAX.
@@ -7,7 +7,7 @@ without JAX.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 """Special tokens of every vocabulary; text begins at id 3."""
@@ -183,15 +183,6 @@ _PUBLISHED_CONSTANTS: Mapping[str, Mapping[str, float]] = {
     "adafactor": {},
 }
 """Of the paper's optimizers (MODEL.md section 1.11)."""
-
-
-class ParameterCount(NamedTuple):
-    """Numbers a model consists of."""
-
-    trained: int
-    """Parameters the optimizer moves."""
-    codebook: int
-    """Codebook sums and counts, moved by moving averages."""
 
 
 def validate(model: ModelConfig, optimizer: OptimizerConfig | None = None) -> None:
@@ -377,60 +368,3 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
     }
 )
 """Models by name. The sizes of the paper's three are those of its code."""
-
-
-def parameter_count(config: ModelConfig) -> ParameterCount:
-    """Counts the parameters.
-
-    With H key and value heads and G query heads, a unit has DK(G + 2H) (queries, keys, relative
-    positions) + DVH (values) + DVG (output) + 2GK (the two score biases) + 2D (norm), DVG more for
-    a gate or 2DF + 2D for a feed-forward unit, and HS(K + 1) of codebook; the embeddings
-    (vocab_size)(D + 1), the output bias counted when untied too, where the official code keeps an
-    unused one. MODEL.md sections 1.1, 1.10 and 1.14.
-    """
-    D, K, V = config.d_model, config.d_key, config.d_value
-    H, G, F = config.kv_heads, config.n_heads, config.d_feed_forward
-    unit = D * K * (G + 2 * H) + D * V * (H + G) + 2 * G * K + 2 * D
-    unit += D * V * G if config.gated else 0
-    unit += 2 * D * F + 2 * D if F is not None else 0
-    embeddings = config.vocab_size * (D + 1)
-    output = 0 if config.tied_embeddings else config.vocab_size * (D + 1)
-    norm = 2 * D if config.output_norm else 0
-    scale = 1 if config.absolute_positions else 0
-    codebook = H * config.n_codes * (K + 1) if config.quantized_keys else 0
-    return ParameterCount(
-        trained=config.n_layers * unit + embeddings + output + norm + scale,
-        codebook=config.n_layers * codebook,
-    )
-
-
-def flops_per_token(config: ModelConfig, sequence_length: int, *, training: bool = True) -> int:
-    """Floating-point operations a token of a window of T costs, two per multiply-add of a matrix
-    product.
-
-    Per unit, in multiply-adds, with H key and value heads and G query heads: projections
-    D(K(G + H) + V(G + H)), DVG more for a gate or 2DF for a feed-forward unit; scores and weighted
-    values G(K + V) for each of the N columns that a query is scored against, positions G(M + 1)K.
-    Quantised, N = M + L + S, the whole buffer and the codewords (the buffer without the compressive
-    cache), and besides HSK for the nearest code and HSV for merging values into the cache. Of
-    unquantised attention only the causal pairs count, N = (T + 1) / 2. In the dense form L = T.
-    The output is D times the vocabulary. Training is three times the forward pass, plus HSK for the
-    codebook sums; recomputation and the projected position table (once an update) do not count.
-    """
-    D, K, V, S = config.d_model, config.d_key, config.d_value, config.n_codes
-    H, G, T = config.kv_heads, config.n_heads, sequence_length
-    unit = D * (K + V) * (G + H) + G * (config.window + 1) * K
-    unit += D * V * G if config.gated else 2 * D * (config.d_feed_forward or 0)
-    if config.attends_all_keys:
-        columns = (T + 1) // 2
-    else:
-        columns = config.window + (T if config.attention_form == "dense" else config.tile)
-        if config.compressive_cache:
-            columns += S
-            unit += H * S * V
-    unit += G * columns * (K + V)
-    codes = H * S * K if config.quantized_keys else 0
-    forward = config.n_layers * (unit + codes) + D * config.vocab_size
-    if not training:
-        return 2 * forward
-    return 2 * (3 * forward + config.n_layers * codes)

@@ -50,8 +50,8 @@ class Imported(NamedTuple):
 
     model: ModelConfig
     optimizer: OptimizerConfig | None
-    """None if the flags state none, or one that is not here: lion, adafactor, or the schedule
-    inv_sqrt, which grows to infinity."""
+    """None if the flags state none, or the schedule inv_sqrt, which grows to infinity and is not
+    here."""
     network: Network
     """numpy arrays, in the dtype of parameters."""
 
@@ -89,14 +89,9 @@ def read_flags(flags: str | Mapping[str, Any]) -> tuple[ModelConfig, OptimizerCo
     optimizer = None
     if flags.get("lr_max") is not None:
         fields = _fields(flags, _OPTIMIZER_FLAGS)
-        if fields.pop("optimizer") == "adamw" and fields["schedule"] != "inv_sqrt":
+        if fields["schedule"] != "inv_sqrt":
             optimizer = OptimizerConfig(
-                **fields,
-                weight_decay_form="unscaled",
-                b1=0.9,
-                b2=0.98,
-                eps=1e-9,
-                loss_divisor="positions",
+                **fields, weight_decay_form="unscaled", loss_divisor="positions"
             )
     try:
         validate(model, optimizer)
@@ -267,7 +262,7 @@ _MODEL_FLAGS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
 """Flags, our fields of the same meaning, and how a value is read."""
 
 _OPTIMIZER_FLAGS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "optimizer": ("optimizer", _one_of("adamw", "lion", "adafactor")),
+    "optimizer": ("name", _one_of("adamw", "lion", "adafactor")),
     "lr_max": ("learning_rate", _number),
     "lr_schedule": ("schedule", _one_of("cosine", "linear", "inv_sqrt")),
     "n_warmup_step": ("warmup_steps", _whole),

@@ -28,7 +28,8 @@ from jobs.bench_programs import Geometry, RandomBatch, begin_training, training_
 from jobs.console import Console
 from jobs.measurement import Program, compare
 from model.attention import LayerCache
-from model.config import PRESETS, ModelConfig, OptimizerConfig, flops_per_token
+from model.config import PRESETS, ModelConfig, OptimizerConfig
+from model.counts import flops_per_token
 from model.layers import parameter_dtype, root_mean_square_norm, sinusoids
 from model.objective import token_nats
 from model.optimizer import apply_gradients

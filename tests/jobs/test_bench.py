@@ -12,7 +12,8 @@ from jobs.cli import bench, run_cli
 from jobs.console import Console
 from jobs.errors import ExitCode
 from jobs.measurement import Program, Spread, compare
-from model.config import PRESETS, flops_per_token
+from model.config import PRESETS
+from model.counts import flops_per_token
 
 SIZES = {"n_layers": 1, "d_model": 16, "d_key": 8, "d_value": 16, "n_codes": 8, "window": 16}
 TOY = tuple(f"model.{name}={value}" for name, value in SIZES.items())

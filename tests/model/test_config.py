@@ -11,11 +11,10 @@ from model.config import (
     ConfigError,
     ModelConfig,
     OptimizerConfig,
-    flops_per_token,
-    parameter_count,
     validate,
     validate_update_length,
 )
+from model.counts import flops_per_token, parameter_count
 from model.training import initial_state
 
 CONSTANT = OptimizerConfig(schedule="constant")

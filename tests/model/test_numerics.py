@@ -71,10 +71,12 @@ def test_131072_tokens(values_dtype, form, tolerance):
         return attend_parallel(*arguments, blocks_per_group=8)
 
     attended, after = run(projections, scoring)
+    assert after.counts is not None
+    assert after.means is not None
     assert after.counts.dtype == after.means.dtype == jnp.float32
     assert jnp.isfinite(attended).all()
-    codes, values = np.asarray(projections.codes[0, 0, :-M]), projections.values[0, 0, :-M]
-    values = np.asarray(values, np.float64)
+    codes = np.asarray(projections.codes)[0, 0, :-M]
+    values = np.asarray(projections.values[0, 0, :-M], np.float64)
     for code in range(S):
         assert after.counts[0, 0, code] == (codes == code).sum()
         mean = values[codes == code].mean(axis=0)
@@ -107,7 +109,8 @@ def test_token_by_token_counts_beyond_256_in_bfloat16():
         return jax.lax.scan(step, cache("bfloat16"), jnp.arange(length))
 
     after, attended = run(projections, scoring)
-    codes = np.asarray(projections.codes[0, 0, :-M])
+    codes = np.asarray(projections.codes)[0, 0, :-M]
+    assert after.counts is not None
     assert after.counts[0, 0, 0] == (codes == 0).sum() > 600
     np.testing.assert_allclose(
         np.asarray(attended[-1], np.float64), last_value(projections, scoring), rtol=1e-2

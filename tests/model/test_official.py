@@ -160,7 +160,7 @@ def test_flags_of_the_published_enwik8_are_the_preset():
     assert optimizer.learning_rate == 4e-4
     assert (optimizer.warmup_steps, optimizer.schedule_steps) == (10_000, 125_000)
     assert (optimizer.gradient_clip, optimizer.weight_decay) == (0.1, 2e-4)
-    assert (optimizer.b1, optimizer.b2, optimizer.eps) == (0.9, 0.98, 1e-9)
+    assert optimizer.constants == {"b1": 0.9, "b2": 0.98, "eps": 1e-9}
     assert (optimizer.weight_decay_form, optimizer.loss_divisor) == ("unscaled", "positions")
 
 
@@ -169,8 +169,11 @@ def test_what_the_script_does_not_state_or_we_do_not_have():
     model, optimizer, _ = read_checkpoint(file_of(official_leaves(FLAGS)), unstated)
     assert (model.vocab_size, model.position_base) == (11, 1e5)
     assert optimizer is None
-    for change in ({"optimizer": "adafactor"}, {"lr_schedule": "inv_sqrt"}):
-        assert read_flags(FLAGS | OPTIMIZER_FLAGS | change)[1] is None
+    assert read_flags(FLAGS | OPTIMIZER_FLAGS | {"lr_schedule": "inv_sqrt"})[1] is None
+    for name in ("lion", "adafactor"):
+        optimizer = read_flags(FLAGS | OPTIMIZER_FLAGS | {"optimizer": name})[1]
+        assert optimizer is not None
+        assert optimizer.name == name
 
 
 LAYER = "transformer_layers_0/scanned_attn2/"
