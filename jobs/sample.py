@@ -1,6 +1,5 @@
 """`tvq sample`: a run's newest checkpoint writes text."""
 
-import functools
 import math
 import os
 import time
@@ -120,15 +119,16 @@ def _write(
     """What follows each of the prompts [rows, n_tokens]; pad after eos.
 
     The rows of a batch are at one position, so prompts of one length are read and gone on from
-    together. Another length compiles the reading anew, and decoding only if its number of rows is
-    another.
+    together. Another length compiles the reading anew; another number of rows, decoding as well, and
+    so does a length if keys are not quantised: their cache has a column for each token.
     """
     import jax
 
     from model.sampling import decode, prefill
 
-    read = jax.jit(functools.partial(prefill, trained.recipe.model), static_argnames="capacity")
-    go_on = jax.jit(functools.partial(decode, trained.recipe.model), static_argnames="n_tokens")
+    read = jax.jit(prefill, static_argnames=("model", "capacity"))
+    go_on = jax.jit(decode, static_argnames=("model", "n_tokens"))
+    model = trained.recipe.model
     written = np.empty((len(prompts), n_tokens), np.int32)
     by_length = defaultdict(list)
     for row, prompt in enumerate(prompts):
@@ -136,8 +136,9 @@ def _write(
     for rows in by_length.values():
         batch = np.stack([prompts[row] for row in rows])
         capacity = batch.shape[1] + n_tokens
-        prefilled = read(trained.params, trained.codebooks, batch, capacity=capacity)
+        prefilled = read(model, trained.params, trained.codebooks, batch, capacity=capacity)
         decoded = go_on(
+            model,
             trained.params,
             trained.codebooks,
             prefilled,

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jobs.bench import describe, show
 from jobs.bench_programs import Geometry, RandomBatch, begin_training, training_program
 from jobs.console import Console
+from jobs.host_memory import keep_freed_memory
 from jobs.measurement import Program, compare
 from model.attention import LayerCache
 from model.config import PRESETS, ModelConfig, OptimizerConfig
@@ -320,6 +321,7 @@ def main() -> None:
         official_program(geometry, options.length),
         training_program(geometry, model.attention_form, options.length),
     ]
+    keep_freed_memory()
     describe(console, "train", options.preset, geometry, options.rounds)
     console.line(f"official  its structure, blocks of {BLOCK_LENGTH}, layers recomputed in pairs")
     show(

@@ -43,9 +43,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
         optimizer=replace(recipe.optimizer, schedule_steps=1000),
     )
     state = initial_state(recipe.model, recipe.optimizer, 0)
-    embedding = dict(state.params["embedding"])
-    embedding["bias"] = jnp.where(ASCII, 0.0, -100.0).at[EOS_ID].set(2.0)
-    params = {**state.params, "embedding": embedding}
+    bias = jnp.where(ASCII, 0.0, -100.0).at[EOS_ID].set(2.0)
+    params = {**state.params, "output": {**state.params["output"], "bias": bias}}
     return TrainedModel(recipe, 0, {}, params, state.codebooks)
 
 
@@ -70,7 +69,7 @@ def test_a_prompt_that_is_not_utf_8_is_read_as_typed(
         "model_ids",
         lambda tokenizer, text: read.append(text) or list(tokenizer.encode(text)),
     )
-    command(prompts=[os.fsdecode(b"caf\xe9")], tokens=2, as_json=True)
+    command(prompts=[os.fsdecode(b"caf\xe9")], as_json=True)
     assert read == [b"caf\xe9"]
     assert json.loads(capsys.readouterr().out)["samples"][0]["prompt"] == "caf\ufffd"
 
@@ -105,11 +104,11 @@ def test_a_sample_does_not_depend_on_those_beside_it(command: Command):
 
 
 def test_a_text_ends_at_eos(command: Command, capsys: pytest.CaptureFixture[str]):
-    drawn = command(prompts=["ab"], samples=6, tokens=40, as_json=True)
+    drawn = command(prompts=["ab"], samples=6, as_json=True)
     assert {one.ended for one in drawn} == {True, False}
     for one in drawn:
         assert len(one.text) == one.tokens
-        assert one.ended == (one.tokens < 40)
+        assert one.ended == (one.tokens < 12)
     printed = json.loads(capsys.readouterr().out)
     assert printed == {
         "run": "run",
@@ -126,17 +125,17 @@ def test_what_is_printed(command: Command, capsys: pytest.CaptureFixture[str]):
     assert lines[0].endswith("with compilation" + ", ended by itself" * one.ended)
     assert lines[1:] == ["ab" + one.text]
 
-    drawn = command(prompts=["ab"], samples=2)
+    drawn = command(prompts=["ab"], samples=6)
     lines = capsys.readouterr().out.splitlines()
     total = sum(one.tokens for one in drawn)
-    assert lines[0].startswith(f"run at update 0: 2 samples, {total} tokens in ")
+    assert lines[0].startswith(f"run at update 0: 6 samples, {total} tokens in ")
     expected = []
     for number, one in enumerate(drawn, start=1):
         ended = ", ended by itself" if one.ended else ""
-        expected += ["", f"== sample {number} of 2: {one.tokens} tokens{ended}", "ab" + one.text]
+        expected += ["", f"== sample {number} of 6: {one.tokens} tokens{ended}", "ab" + one.text]
     assert lines[1:] == expected
 
-    command(prompts=["ab"], samples=2, quiet=True)
+    command(prompts=["ab"], samples=6, quiet=True)
     assert capsys.readouterr().out.splitlines() == ["ab" + one.text for one in drawn]
 
 
@@ -144,14 +143,15 @@ def test_prompts_of_a_file(command: Command, tmp_path: Path):
     """One a line, whatever ends the lines; those of the command line come first."""
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"ab\r\n\ncaf\xe9\nlast")
-    drawn = command(prompts=["ab"], prompts_file=file, samples=2, tokens=1)
+    drawn = command(prompts=["ab"], prompts_file=file, samples=2)
     typed = ["ab", "ab", "", "caf\ufffd", "last"]
     assert [one.prompt for one in drawn] == [prompt for prompt in typed for _ in range(2)]
 
 
 def test_without_a_prompt_a_document_begins(command: Command):
-    assert command() == command(prompts=[""])
-    assert [one.prompt for one in command(tokens=1)] == [""]
+    drawn = command()
+    assert drawn == command(prompts=[""])
+    assert [one.prompt for one in drawn] == [""]
 
 
 def test_mistakes_name_the_option(command: Command, tmp_path: Path):

@@ -68,9 +68,8 @@ PROMPT = toy.rows().inputs[:, :7]
 
 def with_eos_bias(state, bias: float):
     """The parameters with eos likelier by `bias`."""
-    embedding = dict(state.params["embedding"])
-    embedding["bias"] = embedding["bias"].at[EOS_ID].add(bias)
-    return {**state.params, "embedding": embedding}
+    output = state.params["output"]
+    return {**state.params, "output": {**output, "bias": output["bias"].at[EOS_ID].add(bias)}}
 
 
 def kept(filtered) -> list[set[int]]:
@@ -151,7 +150,7 @@ def test_draws_are_distributed_as_the_filtered_logits(state, read, decoder):
 def test_a_row_that_ended_goes_on_with_pad(state, read, decoder):
     draw = functools.partial(
         decoder,
-        with_eos_bias(state, 4.0),
+        with_eos_bias(state, 2.0),
         state.codebooks,
         read(np.repeat(PROMPT[:1], 4, axis=0)),
         n_tokens=30,
