@@ -119,7 +119,7 @@ def _write(
     """What follows each of the prompts [rows, n_tokens]; pad after eos.
 
     The rows of a batch are at one position, so prompts of one length are read and gone on from
-    together. Another length compiles the reading anew; another number of rows, decoding as well, and
+    together. Another length compiles the reading anew; another number of rows decoding as well, and
     so does a length if keys are not quantised: their cache has a column for each token.
     """
     import jax
