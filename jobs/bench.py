@@ -1,7 +1,6 @@
 """`tvq bench`: how fast the forms of attention train, against each other and the machine's peak."""
 
 import dataclasses
-import json
 import os
 from typing import Any, Literal
 
@@ -11,8 +10,6 @@ from jobs.console import Console
 from jobs.errors import UserError
 from jobs.host_memory import keep_freed_memory
 from jobs.measurement import Comparison, Measured, Spread, compare
-from jobs.recipe import Recipe
-from model.config import PRESETS
 from model.counts import parameter_count
 
 _GIB = 2**30
@@ -34,13 +31,13 @@ def bench_command(
 ) -> None:
     """Times one layer, or a whole training step, with each form of attention at each length.
 
-    `name` is a preset or a recipe; `lengths` and `forms` are separated by commas.
+    `name` is a recipe; `lengths` and `forms` are separated by commas.
 
     Raises:
-        UserError, ConfigError: an unknown preset, form or field, a length that is none, an
+        UserError, ConfigError: an unknown recipe, form or field, a length that is none, an
             impossible combination.
     """
-    recipe = _recipe(name, overrides)
+    recipe = recipes.resolve(recipes.load(name, overrides))
     geometry = Geometry(recipe.model, recipe.optimizer, batch_size, update_length)
     make = attention_program if what == "attention" else training_program
     programs = [
@@ -172,26 +169,6 @@ def _result(each: Measured, comparison: Comparison) -> dict[str, Any]:
         for field, figure in speed._asdict().items()
     }
     return result | figures
-
-
-def _recipe(name: str, overrides: tuple[str, ...]) -> Recipe:
-    if name not in PRESETS:
-        named = [*PRESETS, *recipes.named_recipes()]
-        if name not in named and "/" not in name and not name.endswith((".yaml", ".yml")):
-            raise UserError(
-                f"preset {name}: unknown; expected one of {', '.join(PRESETS)}, or a recipe"
-            )
-        return recipes.resolve(recipes.load(name, overrides))
-    tree: dict[str, dict[str, Any]] = {"model": {"preset": name}}
-    for override in overrides:
-        field, equals, value = override.partition("=")
-        section, _, item = field.partition(".")
-        if not (equals and section and item):
-            raise UserError(
-                f"override {override!r}: expected section.field=value, as model.d_key=64"
-            )
-        tree.setdefault(section, {})[item] = recipes.parse_yaml(value, f"override {override!r}")
-    return recipes.resolve(recipes.from_yaml(json.dumps(tree), f"preset {name}"))
 
 
 def _lengths(text: str) -> list[int]:

@@ -130,20 +130,16 @@ def _layer(model: ModelConfig, params: dict, codebooks: dict, layers: dict, hidd
     import jax.numpy as jnp
     from flax import nnx
 
-    from model.layers import parameter_dtype, sinusoids
     from model.transformer import bind, initial_cache
 
     network = bind(model, {**params, "layers": layers}, codebooks)
     graph, arrays = nnx.split(network.layers)
     unit = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], arrays))
-    B, T, D = hidden.shape
+    B, T, _ = hidden.shape
     cache = initial_cache(model, B, T)
-    table = sinusoids(
-        jnp.arange(model.window + 1), D, model.position_base, parameter_dtype(model)
-    ).astype(model.dtype)
     layer_cache = jax.tree.map(lambda leaf: leaf[0], cache.layers)
     mask = jnp.ones((B, T), bool)
-    out, *rest = unit(hidden, layer_cache, cache.length, table, loss_mask=mask)
+    out, *rest = unit(hidden, layer_cache, cache.length, network.distances(), loss_mask=mask)
     return out, rest
 
 

@@ -260,7 +260,7 @@ def bench() -> None:
 
 def _bench_options(command: Any) -> Any:
     options = (
-        click.argument("name", metavar="[PRESET|RECIPE]", default="small"),
+        click.argument("name", metavar="[RECIPE]", default="small"),
         click.argument("overrides", nargs=-1),
         click.option(
             "--lengths", default="2048,8192,32768", show_default=True, help="Tokens of a row (T)."

@@ -11,9 +11,13 @@ def keep_freed_memory() -> None:
 
     XLA's CPU client takes the memory of a step anew at each call. Given back in between, it comes
     as fresh pages, each cleared by the kernel at its first touch: 140,000 faults, 0.35 of 2.7
-    CPU-seconds of a step of `small` at 4,096 tokens; kept, none. Does nothing where the C library
-    is not glibc.
+    CPU-seconds of a step of `small` at 4,096 tokens; kept, none. Does nothing in a process that
+    computes on accelerators, nor where the C library is not glibc.
     """
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return

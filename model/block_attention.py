@@ -54,11 +54,11 @@ def attend_serial(
     """
     options = options._replace(block_length=min(options.block_length, tokens.keys.shape[2]))
     rows, old, new, summary = arrange(tokens, scoring, cache)
-    table = Table(scoring.codewords, scoring.distances[:, ::-1])
+    table = table_of(scoring)
     values, after = cast(
         tuple[Array, Summary | None], _serial(options, rows, old, new, summary, table, length)
     )
-    return values, next_cache(joined(old, new), after, scoring.window)
+    return values, next_cache(old, new, after)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -94,7 +94,7 @@ def _serial_scan(
         summary: Summary | None, block: tuple[Int[Array, ""], Rows]
     ) -> tuple[Summary | None, Any]:
         index, rows = block
-        buffer = buffer_at(columns, index * L, table, L)
+        buffer = columns.part(index * L, table.window + L)
         mixture = mix(rows, buffer, summary, table, length + index * L)
         after = None if summary is None else merge(summary, leaving(buffer, L, T - index * L))
         return after, (mixture, summary) if keep else mixture.values
@@ -113,13 +113,13 @@ def _serial_forward(options, rows, old, new, summary, table, length):
 
 def _serial_backward(options, residuals, cotangents):
     rows, old, new, table, (mixtures, summaries) = residuals
-    T, L, M = rows.content.shape[3], options.block_length, table.distances.shape[1] - 1
+    T, L, M = rows.content.shape[3], options.block_length, table.window
     columns = joined(old, new, -T % L)
 
     def step(carry, block):
         later_columns, later_means, distances = carry
         index, rows, mixture, summary, cotangent = block
-        buffer = buffer_at(columns, index * L, table, L)
+        buffer = columns.part(index * L, table.window + L)
         moves = mix_transposed(
             rows, buffer, summary, table, mixture, cotangent, options.window_gradient
         )
@@ -172,17 +172,27 @@ def arrange(
     tokens: Projections, scoring: Scoring, cache: LayerCache
 ) -> tuple[Rows, Columns, Columns, Summary | None]:
     """Queries with their biases, the cache's columns, the tokens' columns, and the summary."""
-    rows = Rows(
+    codes = tokens.codes if cache.counts is not None else None
+    old = Columns(cache.keys, cache.values, cache.codes, cache.documents)
+    new = Columns(tokens.keys, tokens.values, codes, tokens.documents)
+    rows, summary = rows_of(tokens, scoring), None
+    if cache.counts is not None and cache.means is not None:
+        summary = Summary(cache.counts, cache.means, cache.counted_document)
+    return rows, old, new, summary
+
+
+def rows_of(tokens: Projections, scoring: Scoring) -> Rows:
+    """The queries with their biases."""
+    return Rows(
         tokens.queries + scoring.content_bias[:, :, None],
         tokens.queries + scoring.position_bias[:, :, None],
         tokens.documents,
     )
-    codes = tokens.codes if cache.counts is not None else None
-    old = Columns(cache.keys, cache.values, cache.codes, cache.documents)
-    new = Columns(tokens.keys, tokens.values, codes, tokens.documents)
-    if cache.counts is None or cache.means is None:
-        return rows, old, new, None
-    return rows, old, new, Summary(cache.counts, cache.means, cache.counted_document)
+
+
+def table_of(scoring: Scoring) -> Table:
+    """The codewords, and the distances in the order of the columns."""
+    return Table(scoring.codewords, scoring.distances[:, ::-1])
 
 
 def joined(old: Columns, new: Columns, padding: int = 0) -> Columns:
@@ -200,16 +210,18 @@ def joined(old: Columns, new: Columns, padding: int = 0) -> Columns:
     return Columns(*parts)  # pyright: ignore[reportArgumentType]
 
 
-def next_cache(columns: Columns, summary: Summary | None, window: int) -> LayerCache:
-    """The last M columns and the summary of what is before them."""
-    keys, values, codes, documents = columns
+def next_cache(old: Columns, new: Columns, summary: Summary | None) -> LayerCache:
+    """The last M of the old and new columns, and the summary of what is before them."""
+    window, T = old.keys.shape[2], new.keys.shape[2]
+    kept = old.part(min(T, window), max(window - T, 0))
+    keys, values, codes, documents = joined(kept, new.part(max(T - window, 0), min(T, window)))
     cache = LayerCache(
-        keys[:, :, -window:],
-        values[:, :, -window:],
-        codes=None if summary is None or codes is None else codes[:, :, -window:],
+        keys,
+        values,
+        codes=codes,
         counts=None if summary is None else summary.counts,
         means=None if summary is None else summary.means,
-        documents=None if documents is None else documents[:, -window:],
+        documents=documents,
         counted_document=None if summary is None else summary.document,
     )
     return jax.tree.map(lax.stop_gradient, cache)
@@ -225,17 +237,6 @@ def leaving(buffer: Columns, block_length: int, n_tokens: Int[Array, ""]) -> Lea
     if documents is not None:
         documents = jnp.where(real, documents[:, :block_length], NO_DOCUMENT)
     return Leaving(codes, values, documents)
-
-
-def buffer_at(columns: Columns, start: Int[Array, ""], table: Table, block_length: int) -> Columns:
-    """The W columns of the block whose window begins at column `start`."""
-    W = table.distances.shape[1] - 1 + block_length
-
-    def cut(array: Array | None, axis: int) -> Array | None:
-        return None if array is None else lax.dynamic_slice_in_dim(array, start, W, axis)
-
-    keys, values, codes, documents = columns
-    return Columns(cut(keys, 2), cut(values, 2), cut(codes, 2), cut(documents, 1))  # pyright: ignore[reportArgumentType]
 
 
 def blocks_of(array: Array, block_length: int, axis: int) -> Array:

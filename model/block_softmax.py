@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model.summary import Summary
 
@@ -37,6 +37,18 @@ class Columns(NamedTuple):
     codes: Int[Array, "B H W"] | None
     documents: Int[Array, "B W"] | None
 
+    def part(self, start: int | Int[Array, ""], width: int) -> "Columns":
+        """So many columns from the one at `start` on."""
+
+        def cut(array: Array | None, axis: int) -> Array | None:
+            if array is None:
+                return None
+            return lax.dynamic_slice_in_dim(array, start, width, axis)
+
+        keys, values, codes, documents = self
+        parts = (cut(keys, 2), cut(values, 2), cut(codes, 2), cut(documents, 1))
+        return Columns(*parts)  # pyright: ignore[reportArgumentType]
+
 
 class Table(NamedTuple):
     """What queries are scored against besides tokens."""
@@ -44,6 +56,11 @@ class Table(NamedTuple):
     codewords: Float[Array, "H S K"] | None
     distances: Float[Array, "H P K"]
     """From M down to 0: in the order of the columns."""
+
+    @property
+    def window(self) -> int:
+        """M."""
+        return self.distances.shape[1] - 1
 
 
 class Mixture(NamedTuple):
@@ -61,45 +78,65 @@ def mix(
     rows: Rows, buffer: Columns, summary: Summary | None, table: Table, seen: Int[Array, "*B"]
 ) -> Mixture:
     """The softmax of a block's rows over the buffer and the codewords. `seen` tokens precede it."""
-    values_dtype, wide = buffer.values.dtype, buffer.keys.dtype
+    dtype, wide = buffer.values.dtype, buffer.keys.dtype
+    scores = column_scores(rows, buffer, table, seen, whole_buffer=summary is not None)
+    largest, codes = row_max(scores), None
+    if summary is not None:
+        codes = _code_scores(rows, summary, table)
+        largest = jnp.maximum(largest, row_max(codes))
+    to_columns = jnp.exp(scores - largest)
+    total = jnp.sum(to_columns, axis=-1, keepdims=True)
+    to_columns = to_columns.astype(dtype)
+    mixed, to_codes = weighted_sum(to_columns, buffer.values, wide), None
+    if summary is not None and codes is not None:
+        to_codes = jnp.exp(codes - largest)
+        total += jnp.sum(to_codes, axis=-1, keepdims=True)
+        to_codes = to_codes.astype(dtype)
+        mixed += weighted_sum(to_codes, summary.means.astype(dtype), wide)
+    total = jnp.maximum(total, jnp.finfo(wide).tiny)  # of rows beyond the last token
+    return Mixture(to_columns, to_codes, total, (mixed / total).astype(dtype))
+
+
+def column_scores(
+    rows: Rows, buffer: Columns, table: Table, seen: Int[Array, "*B"], *, whole_buffer: bool
+) -> Float[Array, "B H Q W"]:
+    """Scores against the window and the block itself; -inf where not attended.
+
+    With `whole_buffer` the columns before a row's window are attended too, without a position.
+    """
     *_, R, L, _ = rows.content.shape
     W = buffer.keys.shape[2]
-    content, position = flatten_rows(rows.content), flatten_rows(rows.position)
     row, column = jnp.arange(L)[:, None], jnp.arange(W)
     first = (W - L - seen)[..., None, None]  # the first column with a token
     attended = (column <= W - L + row) & (column >= first)
-    if summary is None:  # columns before the row's window
+    if not whole_buffer:
         attended &= column >= row
     attended = attended if attended.ndim == 2 else attended[:, None, None]
-    if rows.documents is not None and buffer.documents is not None:
-        same = rows.documents[:, :, None] == buffer.documents[:, None, :]
-        attended = attended & same[:, None, None]
-    scores = jnp.einsum("bhqk,bhwk->bhqw", content, buffer.keys)
-    by_distance = jnp.einsum("bhqk,hpk->bhqp", position, table.distances)
+    attended = attended & same_document(rows, buffer)
+    scores = jnp.einsum("bhqk,bhwk->bhqw", flatten_rows(rows.content), buffer.keys)
+    by_distance = jnp.einsum("bhqk,hpk->bhqp", flatten_rows(rows.position), table.distances)
     scores = split_rows(scores, R) + skew(split_rows(by_distance, R))
-    scores = flatten_rows(jnp.where(attended, scores, -jnp.inf))
-    largest = row_max(scores)
-    if summary is None or table.codewords is None:
-        to_columns, to_codes = jnp.exp(scores - largest), None
-        total = jnp.sum(to_columns, axis=-1, keepdims=True)
-        to_columns = to_columns.astype(values_dtype)
-        mixed = _weighted(to_columns, buffer.values, wide)
-    else:
-        known = summary.counts > 0
-        bias = jnp.where(known, jnp.log(jnp.maximum(summary.counts, 1)), -jnp.inf)
-        codes = jnp.einsum("bhqk,hsk->bhqs", content, table.codewords) + bias[:, :, None]
-        if rows.documents is not None and summary.document is not None:
-            same = rows.documents == summary.document[:, None]
-            same = jnp.tile(same, (1, R))[:, None, :, None]
-            codes = jnp.where(same, codes, -jnp.inf)
-        largest = jnp.maximum(largest, jnp.max(codes, axis=-1, keepdims=True))
-        to_columns, to_codes = jnp.exp(scores - largest), jnp.exp(codes - largest)
-        total = jnp.sum(to_columns, -1, keepdims=True) + jnp.sum(to_codes, -1, keepdims=True)
-        to_columns, to_codes = to_columns.astype(values_dtype), to_codes.astype(values_dtype)
-        mixed = _weighted(to_columns, buffer.values, wide)
-        mixed += _weighted(to_codes, summary.means.astype(values_dtype), wide)
-    total = jnp.maximum(total, jnp.finfo(wide).tiny)  # of rows beyond the last token
-    return Mixture(to_columns, to_codes, total, (mixed / total).astype(values_dtype))
+    return flatten_rows(jnp.where(attended, scores, -jnp.inf))
+
+
+def _code_scores(rows: Rows, summary: Summary, table: Table) -> Float[Array, "B H Q S"]:
+    """Scores against the codewords, each for as many tokens as it has; -inf for none."""
+    known = summary.counts > 0
+    bias = jnp.where(known, jnp.log(jnp.maximum(summary.counts, 1)), -jnp.inf)
+    content = flatten_rows(rows.content)
+    codes = jnp.einsum("bhqk,hsk->bhqs", content, table.codewords) + bias[:, :, None]
+    if rows.documents is None or summary.document is None:
+        return codes
+    same = rows.documents == summary.document[:, None]
+    same = jnp.tile(same, (1, rows.content.shape[2]))
+    return jnp.where(same[:, None, :, None], codes, -jnp.inf)
+
+
+def same_document(rows: Rows, columns: Columns) -> Bool[Array, "B 1 1 L W"] | bool:
+    """Where row and column are of one document; everywhere if documents are not isolated."""
+    if rows.documents is None or columns.documents is None:
+        return True
+    return (rows.documents[:, :, None] == columns.documents[:, None, :])[:, None, None]
 
 
 class Moves(NamedTuple):
@@ -175,7 +212,10 @@ def split_rows(rows: Float[Array, "B H Q X"], n_heads: int) -> Float[Array, "B H
     return rows.reshape(B, H, n_heads, Q // n_heads, width)
 
 
-def _weighted(weights: Array, values: Array, dtype: jnp.dtype) -> Array:
+def weighted_sum(
+    weights: Float[Array, "B H Q W"], values: Float[Array, "B H W V"], dtype: jnp.dtype
+) -> Float[Array, "B H Q V"]:
+    """Sums of values, in `dtype`."""
     return jnp.einsum("bhqw,bhwv->bhqv", weights, values, preferred_element_type=dtype)
 
 
@@ -185,14 +225,11 @@ def skew(scores: Float[Array, "B H R L P"]) -> Float[Array, "B H R L W"]:
     *lead, L, P = scores.shape
     W = P - 1 + L
     padded = jnp.pad(scores, [(0, 0)] * (len(lead) + 1) + [(0, W + 1 - P)])
-    # Else the rows' wrap is computed element by element, by integer division.
-    flat = lax.optimization_barrier(padded.reshape(*lead, L * (W + 1)))
-    return flat[..., : L * W].reshape(*lead, L, W)
+    return padded.reshape(*lead, L * (W + 1))[..., : L * W].reshape(*lead, L, W)
 
 
 def unskew(scores: Float[Array, "B H R L W"], n_distances: int) -> Float[Array, "B H R L P"]:
     """Moves row i left by i and keeps P columns."""
     *lead, L, W = scores.shape
     padded = jnp.pad(scores.reshape(*lead, L * W), [(0, 0)] * len(lead) + [(0, L)])
-    flat = lax.optimization_barrier(padded)
-    return flat.reshape(*lead, L, W + 1)[..., :n_distances]
+    return padded.reshape(*lead, L, W + 1)[..., :n_distances]

@@ -102,7 +102,7 @@ class ModelConfig:
     of blocks at once. dense: all scores at once, the baseline of benchmarks."""
     block_length: int | None = field(default=None, metadata=_OPERATIONAL)
     """Tokens that attention handles at a time (L); a tile of the computation that changes no
-    result. null: gradient_block, else what suits the device."""
+    result. null: gradient_block, else the window, at most 256."""
     parallel_blocks: int = field(default=8, metadata=_OPERATIONAL)
     """Blocks of a group in the parallel form."""
     remat: bool = field(default=False, metadata=_OPERATIONAL)

@@ -12,24 +12,27 @@ V value width.
 """
 
 import functools
-from typing import NamedTuple, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from model.attention import LayerCache, Projections, Scoring
-from model.block_attention import join_blocks, row_blocks
-from model.block_softmax import Rows, flatten_rows, row_max, skew, split_rows, unskew
-
-
-class Keys(NamedTuple):
-    """All tokens so far, M empty columns before them and L after."""
-
-    keys: Float[Array, "B H C K"]
-    values: Float[Array, "B H C V"]
-    documents: Int[Array, "B C"] | None
+from model.block_attention import join_blocks, row_blocks, rows_of, table_of
+from model.block_softmax import (
+    Columns,
+    Rows,
+    Table,
+    column_scores,
+    flatten_rows,
+    row_max,
+    same_document,
+    split_rows,
+    unskew,
+    weighted_sum,
+)
 
 
 def attend_full(
@@ -43,20 +46,17 @@ def attend_full(
 
     Memory is O(T); gradients do not reach the cache.
     """
-    cache = remember(tokens, cache, length)
+    cache = _remember(tokens, cache, length)
     M, L = scoring.window, min(block_length, tokens.keys.shape[2])
-    rows = Rows(
-        tokens.queries + scoring.content_bias[:, :, None],
-        tokens.queries + scoring.position_bias[:, :, None],
-        tokens.documents,
-    )
 
     def pad(array: Array, axis: int) -> Array:
         return jnp.pad(array, [(M, L) if n == axis else (0, 0) for n in range(array.ndim)])
 
     documents = None if cache.documents is None else pad(cache.documents, 1)
-    keys = Keys(pad(cache.keys, 2), pad(cache.values, 2), documents)
-    values = cast(Array, _full(L, rows, keys, scoring.distances[:, ::-1], length))
+    # M empty columns before all tokens and L after: every window and every chunk is whole.
+    columns = Columns(pad(cache.keys, 2), pad(cache.values, 2), None, documents)
+    rows, table = rows_of(tokens, scoring), table_of(scoring)
+    values = cast(Array, _full(L, rows, columns, table, length))
     return values, jax.tree.map(lax.stop_gradient, cache)
 
 
@@ -64,7 +64,7 @@ def attend_full_dense(
     tokens: Projections, scoring: Scoring, cache: LayerCache, length: Int[Array, ""]
 ) -> tuple[Float[Array, "B H R T V"], LayerCache]:
     """The same with all T x C scores in memory, and automatic differentiation: the plain way."""
-    cache = remember(tokens, cache, length)
+    cache = _remember(tokens, cache, length)
     window, T = scoring.window, tokens.keys.shape[2]
     position = jnp.arange(cache.keys.shape[2])
     distance = length + jnp.arange(T)[:, None] - position
@@ -84,7 +84,7 @@ def attend_full_dense(
     return values, jax.tree.map(lax.stop_gradient, cache)
 
 
-def remember(tokens: Projections, cache: LayerCache, length: Int[Array, ""]) -> LayerCache:
+def _remember(tokens: Projections, cache: LayerCache, length: Int[Array, ""]) -> LayerCache:
     """The cache with the tokens in their places."""
 
     def put(old: Array, new: Array, axis: int) -> Array:
@@ -106,29 +106,29 @@ def remember(tokens: Projections, cache: LayerCache, length: Int[Array, ""]) -> 
 def _full(
     block_length: int,
     rows: Rows,
-    keys: Keys,
-    distances: Float[Array, "H P K"],
+    columns: Columns,
+    table: Table,
     length: Int[Array, ""],
 ) -> Float[Array, "B H R T V"]:
-    return _full_forward(block_length, rows, keys, distances, length)[0]
+    return _full_forward(block_length, rows, columns, table, length)[0]
 
 
-def _full_forward(block_length, rows, keys, distances, length):
-    T, R, M = rows.content.shape[3], rows.content.shape[2], distances.shape[1] - 1
+def _full_forward(block_length, rows, columns, table, length):
+    T, R, M = rows.content.shape[3], rows.content.shape[2], table.window
 
     def step(_, block: tuple[Int[Array, ""], Rows]):
         index, rows = block
         begin = length + index * block_length
-        buffer = _cut(keys, begin, M + block_length)
+        buffer = columns.part(begin, M + block_length)
         content = flatten_rows(rows.content)
-        scores = _near_scores(rows, buffer, distances, begin)
+        scores = column_scores(rows, buffer, table, begin, whole_buffer=True)
         largest = row_max(scores)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
 
         def far(chunk: Int[Array, ""], state: tuple[Array, Array, Array]):
             largest, total, mixed = state
-            part = _cut(keys, M + chunk * block_length, block_length)
+            part = columns.part(M + chunk * block_length, block_length)
             scores = _far_scores(rows, content, part, chunk, begin - M)
             higher = jnp.maximum(largest, row_max(scores))
             shrink, weights = jnp.exp(largest - higher), jnp.exp(scores - higher)
@@ -139,17 +139,17 @@ def _full_forward(block_length, rows, keys, distances, length):
         n_far = _far_chunks(begin - M, block_length)
         largest, total, mixed = lax.fori_loop(0, n_far, far, state)
         total = jnp.maximum(total, jnp.finfo(total.dtype).tiny)
-        values = (mixed / total).astype(keys.values.dtype)
+        values = (mixed / total).astype(columns.values.dtype)
         return None, (split_rows(values, R), largest + jnp.log(total))
 
     blocks = (jnp.arange(-(-T // block_length)), row_blocks(rows, block_length))
     _, (values, normalizers) = lax.scan(step, None, blocks)
-    return join_blocks(values, T), (rows, keys, distances, length, values, normalizers)
+    return join_blocks(values, T), (rows, columns, table, length, values, normalizers)
 
 
 def _full_backward(block_length, residuals, cotangent):
-    rows, keys, distances, length, values, normalizers = residuals
-    T, R, M = rows.content.shape[3], rows.content.shape[2], distances.shape[1] - 1
+    rows, columns, table, length, values, normalizers = residuals
+    T, R, M = rows.content.shape[3], rows.content.shape[2], table.window
     blocks = (
         jnp.arange(-(-T // block_length)),
         row_blocks(rows, block_length),
@@ -175,8 +175,8 @@ def _full_backward(block_length, residuals, cotangent):
             of_keys = jnp.einsum("bhqw,bhqk->bhwk", moves, content)
             return moves, _add_at(key_moves, of_keys, start), _add_at(value_moves, of_values, start)
 
-        buffer = _cut(keys, begin, M + block_length)
-        scores = _near_scores(rows, buffer, distances, begin)
+        buffer = columns.part(begin, M + block_length)
+        scores = column_scores(rows, buffer, table, begin, whole_buffer=True)
         moves, key_moves, value_moves = pull(scores, buffer, begin, key_moves, value_moves)
         content_moves = jnp.einsum("bhqw,bhwk->bhqk", moves, buffer.keys)
         by_distance = flatten_rows(unskew(split_rows(moves, R), M + 1))
@@ -184,7 +184,7 @@ def _full_backward(block_length, residuals, cotangent):
         def far(chunk, state):
             content_moves, key_moves, value_moves = state
             start = M + chunk * block_length
-            part = _cut(keys, start, block_length)
+            part = columns.part(start, block_length)
             scores = _far_scores(rows, content, part, chunk, begin - M)
             moves, key_moves, value_moves = pull(scores, part, start, key_moves, value_moves)
             content_moves += jnp.einsum("bhqw,bhwk->bhqk", moves, part.keys)
@@ -194,17 +194,17 @@ def _full_backward(block_length, residuals, cotangent):
         content_moves, key_moves, value_moves = lax.fori_loop(
             0, n_far, far, (content_moves, key_moves, value_moves)
         )
-        position_moves = jnp.einsum("bhqp,hpk->bhqk", by_distance, distances)
+        position_moves = jnp.einsum("bhqp,hpk->bhqk", by_distance, table.distances)
         distance_moves += jnp.einsum("bhqp,bhqk->hpk", by_distance, flatten_rows(rows.position))
         out = (split_rows(content_moves, R), split_rows(position_moves, R))
         return (key_moves, value_moves, distance_moves), out
 
-    zeros = (jnp.zeros_like(keys.keys), jnp.zeros_like(keys.values), jnp.zeros_like(distances))
+    zeros = jax.tree.map(jnp.zeros_like, (columns.keys, columns.values, table.distances))
     (key_moves, value_moves, distance_moves), (content, position) = lax.scan(step, zeros, blocks)
     return (
         Rows(join_blocks(content, T), join_blocks(position, T), None),
-        Keys(key_moves, value_moves, None),
-        distance_moves,
+        Columns(key_moves, value_moves, None, None),
+        Table(None, distance_moves),
         None,
     )
 
@@ -212,24 +212,10 @@ def _full_backward(block_length, residuals, cotangent):
 _full.defvjp(_full_forward, _full_backward)
 
 
-def _near_scores(
-    rows: Rows, buffer: Keys, distances: Float[Array, "H P K"], begin: Int[Array, ""]
-) -> Float[Array, "B H Q W"]:
-    """Against the M tokens before the block and its own; -inf where not attended."""
-    *_, R, L, _ = rows.content.shape
-    W = buffer.keys.shape[2]
-    column = jnp.arange(W)
-    attended = (column <= W - L + jnp.arange(L)[:, None]) & (column >= W - L - begin)
-    scores = jnp.einsum("bhqk,bhwk->bhqw", flatten_rows(rows.content), buffer.keys)
-    by_distance = jnp.einsum("bhqk,hpk->bhqp", flatten_rows(rows.position), distances)
-    scores = split_rows(scores, R) + skew(split_rows(by_distance, R))
-    return flatten_rows(jnp.where(attended & _same_document(rows, buffer), scores, -jnp.inf))
-
-
 def _far_scores(
     rows: Rows,
     content: Float[Array, "B H Q K"],
-    part: Keys,
+    part: Columns,
     chunk: Int[Array, ""],
     n_far: Int[Array, ""],
 ) -> Float[Array, "B H Q L"]:
@@ -237,14 +223,8 @@ def _far_scores(
     *_, R, L, _ = rows.content.shape
     scores = jnp.einsum("bhqk,bhwk->bhqw", content, part.keys)
     attended = chunk * L + jnp.arange(L) < n_far
-    attended = attended & _same_document(rows, part)
+    attended = attended & same_document(rows, part)
     return flatten_rows(jnp.where(attended, split_rows(scores, R), -jnp.inf))
-
-
-def _same_document(rows: Rows, part: Keys) -> Bool[Array, "B 1 1 L W"] | bool:
-    if rows.documents is None or part.documents is None:
-        return True
-    return (rows.documents[:, :, None] == part.documents[:, None, :])[:, None, None]
 
 
 def _far_chunks(n_far: Int[Array, ""], block_length: int) -> Int[Array, ""]:
@@ -252,21 +232,7 @@ def _far_chunks(n_far: Int[Array, ""], block_length: int) -> Int[Array, ""]:
 
 
 def _mixed(weights: Float[Array, "B H Q W"], values: Float[Array, "B H W V"]) -> Array:
-    return jnp.einsum(
-        "bhqw,bhwv->bhqv",
-        weights.astype(values.dtype),
-        values,
-        preferred_element_type=weights.dtype,
-    )
-
-
-def _cut(keys: Keys, start: Int[Array, ""], width: int) -> Keys:
-    documents = keys.documents
-    return Keys(
-        lax.dynamic_slice_in_dim(keys.keys, start, width, 2),
-        lax.dynamic_slice_in_dim(keys.values, start, width, 2),
-        None if documents is None else lax.dynamic_slice_in_dim(documents, start, width, 1),
-    )
+    return weighted_sum(weights.astype(values.dtype), values, weights.dtype)
 
 
 def _add_at(array: Array, part: Array, start: Int[Array, ""]) -> Array:

@@ -17,13 +17,13 @@ from model.attention import LayerCache, Projections, Scoring
 from model.block_attention import (
     Options,
     arrange,
-    buffer_at,
     join_blocks,
     joined,
     leaving,
     next_cache,
     row_blocks,
     slice_rows,
+    table_of,
 )
 from model.block_softmax import Columns, Rows, Table, mix, mix_transposed, split_rows
 from model.summary import Summary, prefixes
@@ -47,7 +47,7 @@ def attend_parallel(
     options = options._replace(block_length=L)
     size = min(blocks_per_group, -(-T // L)) * L
     rows, old, new, summary = arrange(tokens, scoring, cache)
-    table = Table(scoring.codewords, scoring.distances[:, ::-1])
+    table = table_of(scoring)
     columns = joined(old, new, -T % size)
 
     def step(
@@ -58,7 +58,7 @@ def attend_parallel(
         values, summary = _group(
             options,
             rows,
-            buffer_at(columns, begin, table, size),
+            columns.part(begin, table.window + size),
             summary,
             table,
             length + begin,
@@ -67,7 +67,7 @@ def attend_parallel(
         return summary, values
 
     summary, values = lax.scan(step, summary, (jnp.arange(-(-T // size)), row_blocks(rows, size)))
-    return join_blocks(values, T), next_cache(joined(old, new), summary, scoring.window)
+    return join_blocks(values, T), next_cache(old, new, summary)
 
 
 def _group(
@@ -85,24 +85,15 @@ def _group(
     fewer than it has rows, are real.
     """
     L, n_blocks = options.block_length, rows.content.shape[3] // options.block_length
-    M = table.distances.shape[1] - 1
-
-    def cut(start: int, width: int) -> Columns:
-        part = slice(start, start + width)
-        keys, values, codes, documents = columns
-        return Columns(
-            keys[:, :, part],
-            values[:, :, part],
-            None if codes is None else codes[:, :, part],
-            None if documents is None else documents[:, part],
-        )
-
+    M = table.window
     starts = range(0, n_blocks * L, L)
-    buffers = _rows_of_batch([cut(start, M + L) for start in starts])
+    buffers = _rows_of_batch([columns.part(start, M + L) for start in starts])
     own = _rows_of_batch([slice_rows(rows, start, L) for start in starts])
     before = None
     if summary is not None:
-        gone = _rows_of_batch([leaving(cut(start, L), L, n_tokens - start) for start in starts])
+        gone = _rows_of_batch(
+            [leaving(columns.part(start, L), L, n_tokens - start) for start in starts]
+        )
         summaries = prefixes(summary, gone, n_blocks)
         # Prefix n is what block n meets; the one after the last block is carried on.
         before = jax.tree.map(lambda a: a[:-1].swapaxes(0, 1).reshape(-1, *a.shape[2:]), summaries)

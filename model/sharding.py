@@ -54,17 +54,11 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     tensor: int = 1,
-    sequence: int = 1,
 ) -> Mesh:
     """A mesh of all the devices. One of data, fsdp and tensor may be -1: what is left.
 
-    Raises ConfigError if the axes do not multiply to the number of devices, or if `sequence` is
-    not 1.
+    Raises ConfigError if the axes do not multiply to the number of devices.
     """
-    if sequence != 1:
-        raise ConfigError(
-            f"cluster.sequence: must be 1, the axis is reserved for later, got {sequence}"
-        )
     shape = [data, fsdp, tensor]
     rest = math.prod(n for n in shape if n != -1)
     if shape.count(-1) == 1 and rest > 0 and len(devices) % rest == 0:
@@ -74,7 +68,7 @@ def make_mesh(
             f"cluster: data x fsdp x tensor must make {len(devices)} devices, "
             f"got {data} x {fsdp} x {tensor}"
         )
-    return Mesh(np.asarray(devices).reshape(*shape, sequence), AXES)
+    return Mesh(np.asarray(devices).reshape(*shape, 1), AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -135,7 +135,7 @@ class Transformer(nnx.Module):
             x *= keep_by_row(
                 randomness.update, Purpose.EMBEDDING, randomness.rows, x.shape[1:], rate, x.dtype
             )
-        distances = self._sinusoids(jnp.arange(config.window + 1))
+        distances = self.distances()
         unit, params, codebooks = nnx.split(self.layers, nnx.Param, CodebookVariable)
 
         def layer(
@@ -185,6 +185,10 @@ class Transformer(nnx.Module):
             preferred_element_type=bias.dtype,
         )
         return ((logits + bias) * self.config.output_scale).reshape(B, T, -1)
+
+    def distances(self) -> Float[Array, "P D"]:
+        """The sinusoids of the distances that have a position term, 0 to M."""
+        return self._sinusoids(jnp.arange(self.config.window + 1))
 
     def _sinusoids(self, positions: Int[Array, "*P"]) -> Float[Array, "*P D"]:
         config = self.config

@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_not_run(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("smal",), "preset smal: unknown; expected one of tiny, small, enwik8"),
+        (("smal",), "recipe smal: unknown (did you mean small?); expected one of"),
         (("./none.yaml",), "no such file"),
         (("small", "--forms", "serial,seral"), "unknown form 'seral'; expected some of serial,"),
         (("small", "--forms", "serial,serial"), "expected each once"),

@@ -9,6 +9,8 @@ from model.attention import Projections, Scoring, empty_cache
 from model.block_attention import Options, attend_serial
 from model.parallel_attention import attend_parallel
 
+pytestmark = pytest.mark.compiles
+
 T, M, L, S, K, V = 131_072, 64, 512, 4, 8, 3
 OPTIONS = Options(block_length=L, window_gradient=True, gradient_through_cache=True)
 

@@ -113,8 +113,6 @@ def test_a_mesh_that_does_not_fit_is_refused():
     assert AXES == ("data", "fsdp", "tensor", "sequence")
     with pytest.raises(ConfigError, match=r"must make 2 devices, got 3 x 1 x 1"):
         make_mesh(devices, data=3)
-    with pytest.raises(ConfigError, match=r"^cluster\.sequence: must be 1, .*, got 2$"):
-        make_mesh(devices, sequence=2)
     mesh = make_mesh(devices, tensor=2, data=1)
     state = {"layers": {"value": jax.ShapeDtypeStruct((2, 16, 11), np.float32)}}
     with pytest.raises(ConfigError, match=r"^cluster\.tensor: must divide 11 .*got 2"):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from model import training
 from model.config import ConfigError
@@ -207,19 +206,11 @@ def test_remat_and_unrolling_change_nothing(step):
         np.testing.assert_allclose(left, right, atol=1e-4)
 
 
-def equations(jaxpr):
-    """All equations of a program, those inside its loops too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
-
-
 def program(model):
     """The equations of a train step, traced with abstract values."""
     abstract = jax.eval_shape(lambda: toy.state(model))
     step = functools.partial(train_step, model, toy.OPTIMIZER, UPDATE_LENGTH)
-    return list(equations(jax.make_jaxpr(step)(abstract, toy.rows()).jaxpr))
+    return list(toy.equations(jax.make_jaxpr(step)(abstract, toy.rows()).jaxpr))
 
 
 def test_depth_does_not_lengthen_the_program():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from model.config import ModelConfig, OptimizerConfig
 from model.training import TrainState, initial_state
@@ -47,3 +48,11 @@ def state(model: ModelConfig = MODEL, optimizer: OptimizerConfig = OPTIMIZER) ->
         lambda leaf: leaf + 0.1 * noise.normal(size=leaf.shape).astype(leaf.dtype), begin.params
     )
     return begin._replace(params=params)
+
+
+def equations(jaxpr):
+    """All equations of a program, those inside its loops too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
