@@ -116,7 +116,7 @@ def keep_by_row(
     shape: tuple[int, ...],
     rate: float,
     dtype: jnp.dtype,
-) -> Float[Array, "B *shape"]:
+) -> Float[Array, "B *shape"]:  # noqa: F821 - axes, not names
     """Dropout masks of that shape, one a row."""
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
     return jax.vmap(lambda key: keep(key, purpose, shape, rate, dtype))(keys)

@@ -99,7 +99,7 @@ def test_evaluation_never_holds_all_logits(monkeypatch):
     np.testing.assert_allclose(pieces(*arguments), expected, atol=1e-6)
     logits = [
         variable.aval.size
-        for equation in equations(jax.make_jaxpr(pieces)(*arguments).jaxpr)
+        for equation in toy.equations(jax.make_jaxpr(pieces)(*arguments).jaxpr)
         for variable in equation.outvars
         if variable.aval.shape[-1:] == (model.vocab_size,)
     ]
