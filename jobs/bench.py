@@ -10,6 +10,7 @@ from jobs.console import Console
 from jobs.errors import UserError
 from jobs.host_memory import keep_freed_memory
 from jobs.measurement import Comparison, Measured, Spread, compare
+from model.config import ModelConfig
 from model.counts import parameter_count
 
 _GIB = 2**30
@@ -41,7 +42,9 @@ def bench_command(
     geometry = Geometry(recipe.model, recipe.optimizer, batch_size, update_length)
     make = attention_program if what == "attention" else training_program
     programs = [
-        make(geometry, form, length) for length in _lengths(lengths) for form in _forms(forms)
+        make(geometry, form, length)
+        for length in numbers_of_tokens(lengths, "--lengths")
+        for form in _forms(forms)
     ]
     keep_freed_memory()  # as training does
     describe(console, what, name, geometry, rounds)
@@ -56,13 +59,22 @@ def bench_command(
 
 def describe(console: Console, what: str, name: str, geometry: Geometry, rounds: int) -> None:
     """Says what is about to be measured, and how."""
-    model, count = geometry.model, parameter_count(geometry.model)
+    model = geometry.model
     update = "T" if geometry.update_length is None else f"{geometry.update_length:,}"
     each = {
         "attention": "one layer, forward and backward",
         "train": f"one training step (forward, backward, optimizer), update length {update}",
     }
     console.heading(f"bench {what}")
+    describe_model(console, name, model)
+    console.line(f"measured  {each.get(what, what)}, batch {geometry.batch_size} x T")
+    console.line(f"clock     wall-clock; median of {rounds} rounds in which all take turns")
+    console.line(f"machine   {machine()}")
+
+
+def describe_model(console: Console, name: str, model: ModelConfig) -> None:
+    """Says what the model of a recipe is made of."""
+    count = parameter_count(model)
     console.line(
         f"model     {name}: {model.n_layers} layers, d_model {model.d_model}, {model.n_heads} heads"
         f" on {model.kv_heads} of keys, d_key {model.d_key}, d_value {model.d_value}, codes"
@@ -70,9 +82,6 @@ def describe(console: Console, what: str, name: str, geometry: Geometry, rounds:
         f" {model.vocab_size}, {model.dtype}, remat {'on' if model.remat else 'off'};"
         f" {count.trained:,} parameters + {count.codebook:,} in codebooks"
     )
-    console.line(f"measured  {each.get(what, what)}, batch {geometry.batch_size} x T")
-    console.line(f"clock     wall-clock; median of {rounds} rounds in which all take turns")
-    console.line(f"machine   {_machine()}")
 
 
 def show(console: Console, comparison: Comparison) -> None:
@@ -142,7 +151,7 @@ def as_tree(
         "update_length": geometry.update_length,
         "clock": "wall",
         "rounds": rounds,
-        "machine": _machine(),
+        "machine": machine(),
         "peak": comparison.peak,
         "peak_gflops": comparison.peak_gflops._asdict(),
         "baseline": comparison.measured[0].program.form,
@@ -171,12 +180,13 @@ def _result(each: Measured, comparison: Comparison) -> dict[str, Any]:
     return result | figures
 
 
-def _lengths(text: str) -> list[int]:
+def numbers_of_tokens(text: str, option: str) -> list[int]:
+    """What an option says, separated by commas; raises UserError for one that is none, or twice."""
     parts = [part.strip() for part in text.split(",")]
     wrong = next((part for part in parts if not part.isdecimal() or int(part) < 1), None)
     if wrong is not None:
-        raise UserError(f"--lengths: expected numbers of tokens, as 2048,8192; got {wrong!r}")
-    return _distinct([int(part) for part in parts], "--lengths")
+        raise UserError(f"{option}: expected numbers of tokens, as 2048,8192; got {wrong!r}")
+    return _distinct([int(part) for part in parts], option)
 
 
 def _forms(text: str) -> list[str]:
@@ -190,7 +200,8 @@ def _distinct(items: list[Any], option: str) -> list[Any]:
     return items
 
 
-def _machine() -> str:
+def machine() -> str:
+    """What the programs run on."""
     import jax
 
     device = jax.devices()[0]

@@ -5,45 +5,19 @@ Each command imports what it needs when it runs: `tvq --help` imports neither JA
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from jobs.cli_bench import bench
+from jobs.cli_data import inspect, prepare, verify
+from jobs.cli_options import OrderedGroup, json_option, root_option
+from jobs.cli_options import console as new_console
 from jobs.errors import ExitCode, UserError
-
-if TYPE_CHECKING:
-    from jobs.console import Console
-
-ROOT_HELP = "Folder of the runs, with the MLflow store beside them (or set TVQ_ROOT)."
-
-
-class _Group(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order in which a user needs them
-
-
-def _root_option(command: Any) -> Any:
-    return click.option(
-        "--root",
-        type=click.Path(file_okay=False, path_type=Path),
-        default=Path("runs"),
-        show_default=True,
-        envvar="TVQ_ROOT",
-        help=ROOT_HELP,
-    )(command)
-
-
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-
-
-def _console(quiet: bool = False) -> "Console":
-    from jobs.console import Console
-
-    return Console(quiet=quiet or click.get_current_context().obj["quiet"])
 
 
 @click.group(
-    cls=_Group,
+    cls=OrderedGroup,
     epilog="""\b
 Examples:
   tvq demo                                          everything once, in five minutes
@@ -92,45 +66,12 @@ def demo(source: str | None, output: Path) -> None:
     """Prepare, train (through a killed worker), evaluate, sample and compare, in five minutes."""
     from jobs.demo import demo as run_demo
 
-    run_demo(source, output, _console())
+    run_demo(source, output, new_console())
 
 
-@cli.command(
-    epilog="""\b
-Examples:
-  tvq prepare ~/books --output corpora/books
-  tvq prepare ~/code --include '**/*.py' --exclude '**/tests/**' --output corpora/code
-  tvq prepare --stdlib --output corpora/python"""
-)
-@click.argument("sources", nargs=-1, type=click.Path())
-@click.option(
-    "--output",
-    "-o",
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the corpus; holds nothing else.",
-)
-@click.option("--stdlib", is_flag=True, help="The sources of this Python's standard library.")
-@click.option("--include", multiple=True, help="Pattern of files to read (default: all).")
-@click.option("--exclude", multiple=True, help="Pattern of files to leave out.")
-@click.option(
-    "--validation", "validation_fraction", type=click.FloatRange(0, 1), default=0.05,
-    show_default=True, help="Share of the documents held out for validation.",
-)  # fmt: skip
-@click.option(
-    "--test", "test_fraction", type=click.FloatRange(0, 1), default=0.05,
-    show_default=True, help="Share of the documents held out for the test.",
-)  # fmt: skip
-@_json_option
-def prepare(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Turn text files into a corpus: Arrow shards of tokens and a manifest.
-
-    One file is one document. Which split a document falls into depends on its name only. Repeating
-    the command goes on where it was interrupted, and does nothing when nothing changed.
-    """
-    from jobs.prepare import prepare_command
-
-    prepare_command(sources, console=_console(as_json), as_json=as_json, **options)
+cli.add_command(prepare)
+cli.add_command(verify)
+cli.add_command(inspect)
 
 
 @cli.command(
@@ -143,8 +84,8 @@ Examples:
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
 @click.option("--run", "name", help="Name of the run; default: the recipe's.")
-@_root_option
-@_json_option
+@root_option
+@json_option
 def train(
     recipe: str, overrides: tuple[str, ...], name: str | None, root: Path, as_json: bool
 ) -> None:
@@ -155,16 +96,17 @@ def train(
     and stops.
     """
     from jobs import recipe as recipes
+    from jobs.recipe_yaml import stated
     from jobs.train import train as run_training
 
-    console = _console(as_json)
+    console = new_console(as_json)
     loaded = recipes.load(recipe, overrides)
     trained = run_training(
         loaded,
         root=root,
         name=name or Path(recipe).stem,
         console=console,
-        stated=recipes.stated(recipe, overrides),
+        stated=stated(recipe, overrides),
     )
     if as_json:
         console.json(
@@ -178,6 +120,37 @@ def train(
 
 
 @cli.command(
+    name="import",
+    epilog="""\b
+Examples:
+  tvq import checkpoint_125000 --flags flags.json --corpus corpora/enwik8 --run official""",
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--flags", required=True, type=click.Path(path_type=Path),
+    help="The flags of the script that trained it, as a JSON object.",
+)  # fmt: skip
+@click.option(
+    "--corpus", required=True, type=click.Path(path_type=Path),
+    help="A corpus of the same tokens, that `tvq prepare` wrote.",
+)  # fmt: skip
+@click.option("--run", "name", required=True, help="Name of the run that it becomes.")
+@root_option
+@json_option
+def import_(checkpoint: Path, root: Path, name: str, as_json: bool, **options: Any) -> None:
+    """Make a run of CHECKPOINT, a flax msgpack file that the official Transformer-VQ code wrote.
+
+    `tvq sample` and `tvq evaluate` take it as a run of ours that has ended. Parameters and
+    codebooks are imported, the optimizer's state is not.
+    """
+    from jobs.import_official import import_command
+
+    import_command(
+        checkpoint, root=root, name=name, console=new_console(as_json), as_json=as_json, **options
+    )
+
+
+@cli.command(
     epilog="""\b
 Examples:
   tvq evaluate tiny
@@ -187,8 +160,8 @@ Examples:
 @click.option(
     "--split", type=click.Choice(["validation", "test"]), default="validation", show_default=True
 )
-@_root_option
-@_json_option
+@root_option
+@json_option
 def evaluate(run: str, split: str, root: Path, as_json: bool) -> None:
     """Measure RUN's newest checkpoint on a held-out split, every token exactly once.
 
@@ -197,7 +170,7 @@ def evaluate(run: str, split: str, root: Path, as_json: bool) -> None:
     """
     from jobs.evaluate import evaluate_command
 
-    evaluate_command(root, run, split, console=_console(as_json), as_json=as_json)
+    evaluate_command(root, run, split, console=new_console(as_json), as_json=as_json)
 
 
 @cli.command(
@@ -238,92 +211,16 @@ Examples:
 )  # fmt: skip
 @click.option("--ignore-eos", is_flag=True, help="Write all tokens: never end the document.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
-@_root_option
-@_json_option
+@root_option
+@json_option
 def sample(run: str, root: Path, as_json: bool, **options: Any) -> None:
     """Let RUN's newest checkpoint write text. The same seed writes the same text."""
     from jobs.sample import sample_command
 
-    sample_command(root, run, console=_console(as_json), as_json=as_json, **options)
+    sample_command(root, run, console=new_console(as_json), as_json=as_json, **options)
 
 
-@cli.group(
-    cls=_Group,
-    epilog="""\b
-Examples:
-  tvq bench train small
-  tvq bench attention small""",
-)
-def bench() -> None:
-    """Time the forms of attention against each other and against this machine's peak."""
-
-
-def _bench_options(command: Any) -> Any:
-    options = (
-        click.argument("name", metavar="[RECIPE]", default="small"),
-        click.argument("overrides", nargs=-1),
-        click.option(
-            "--lengths", default="2048,8192,32768", show_default=True, help="Tokens of a row (T)."
-        ),
-        click.option(
-            "--forms",
-            default="serial,parallel,dense,full-chunked,full-dense",
-            show_default=True,
-            help="Forms of attention; the others are compared with the first. full-: over keys that"
-            " are not quantised.",
-        ),
-        click.option("--rounds", type=click.IntRange(1), default=5, show_default=True),
-        click.option(
-            "--seconds", type=click.FloatRange(0), default=0.5, show_default=True,
-            help="Repeat a program in a round for so long.",
-        ),
-        click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True),
-        _json_option,
-    )  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-@bench.command(
-    name="attention",
-    epilog="""\b
-Examples:
-  tvq bench attention
-  tvq bench attention small --lengths 2048,8192 --forms serial,full-chunked
-  tvq bench attention small model.block_length=128 --json""",
-)
-@_bench_options
-def bench_attention(as_json: bool, **options: Any) -> None:
-    """Time one layer of a model, forward and backward.
-
-    A figure is the median of the rounds, in which all forms take turns. OVERRIDES are
-    section.field=value.
-    """
-    from jobs.bench import bench_command
-
-    bench_command("attention", console=_console(as_json), as_json=as_json, **options)
-
-
-@bench.command(
-    name="train",
-    epilog="""\b
-Examples:
-  tvq bench train
-  tvq bench train small --lengths 131072 --forms serial,parallel
-  tvq bench train small --lengths 8192 --update-length 2048 model.block_length=128 --json""",
-)
-@_bench_options
-@click.option("--update-length", type=click.IntRange(1), help="Tokens of an update; default: T.")
-def bench_train(as_json: bool, **options: Any) -> None:
-    """Time a training step of a whole model: forward, backward, optimizer.
-
-    A figure is the median of the rounds, in which all forms take turns. OVERRIDES are
-    section.field=value.
-    """
-    from jobs.bench import bench_command
-
-    bench_command("train", console=_console(as_json), as_json=as_json, **options)
+cli.add_command(bench)
 
 
 @cli.command(
@@ -336,13 +233,13 @@ Examples:
 @click.option(
     "--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the loss curves."
 )
-@_root_option
-@_json_option
+@root_option
+@json_option
 def compare(runs: tuple[str, ...], png: Path | None, root: Path, as_json: bool) -> None:
     """Set RUNS side by side: what differs in their recipes, and how good they became."""
     from jobs.compare import compare_command
 
-    compare_command(root, runs, png, console=_console(as_json), json=as_json)
+    compare_command(root, runs, png, console=new_console(as_json), json=as_json)
 
 
 @cli.command(
@@ -352,12 +249,12 @@ Examples:
   tvq ui --root demo/runs --port 5050"""
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Default: a free one, 5000 first.")
-@_root_option
+@root_option
 def ui(port: int | None, root: Path) -> None:
     """Open the MLflow page with all runs under the root, until Ctrl-C."""
     from jobs.ui import show_runs
 
-    show_runs(root, port, _console())
+    show_runs(root, port, new_console())
 
 
 @cli.command(
@@ -370,12 +267,13 @@ Examples:
 @click.argument("name", required=False)
 @click.argument("overrides", nargs=-1)
 @click.option("--fields", is_flag=True, help="Explain every field of a recipe.")
-@_json_option
+@json_option
 def recipes(name: str | None, overrides: tuple[str, ...], fields: bool, as_json: bool) -> None:
     """List the recipes, or print one with every field resolved."""
-    from jobs.recipe import field_reference, flatten, load, named_recipes, resolve, to_yaml
+    from jobs.recipe import field_reference, flatten, load, resolve, to_yaml
+    from jobs.recipe_yaml import named_recipes
 
-    console = _console(as_json)
+    console = new_console(as_json)
     if fields:
         rows = field_reference()
         if as_json:
@@ -416,8 +314,11 @@ def run_cli(arguments: list[str]) -> int:
         return ExitCode.INTERRUPTED
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:  # `tvq` alone, or a group of commands
         error.show()
+        return ExitCode.USER
+    except click.ClickException as error:
+        click.echo(f"error: {_in_one_line(error)}", err=True)
         return ExitCode.USER
     except UserError as error:
         mark = "" if error.code is ExitCode.INTERRUPTED else "error: "
@@ -429,6 +330,13 @@ def run_cli(arguments: list[str]) -> int:
         click.echo(f"error: {error}", err=True)
         return ExitCode.USER
     return ExitCode.OK
+
+
+def _in_one_line(error: click.ClickException) -> str:
+    """What click says is wrong with the arguments, and where their help is."""
+    message = " ".join(error.format_message().split()).rstrip(".")  # a list of choices has lines
+    context = getattr(error, "ctx", None)
+    return f"{message}; see `{context.command_path} --help`" if context else message
 
 
 def _is_user_error(error: Exception) -> bool:

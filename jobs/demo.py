@@ -19,7 +19,7 @@ from jobs.ray_session import ray_session
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory, write_atomically
 from jobs.train import train
-from pipeline.sources import SourceSettings, list_documents, standard_library
+from pipeline.sources import SourceSettings, list_files, standard_library
 
 FULL, WINDOW = "vq-cache", "window-only"
 """The two runs: with the compressive cache, and with the local window alone."""
@@ -30,7 +30,7 @@ def demo(source: str | None, output: Path, console: Console) -> None:
     from jobs.compare import compare_command
     from jobs.evaluate import evaluate_command
     from jobs.sample import sample_command
-    from pipeline.prepare import PrepareSettings
+    from pipeline.plan import PrepareSettings
 
     began = time.monotonic()
     corpus, runs = output / "corpus", output / "runs"
@@ -89,7 +89,7 @@ def _refuse_another_demo(output: Path, source: SourceSettings, recipe: Recipe) -
 
     Preparing would replace the corpus that its runs were begun on.
     """
-    found = [[document.id, document.size] for document in list_documents(source)]
+    found = [[file.id, file.size] for file in list_files(source)]
     identity = [recipes.identity(recipes.resolve(recipe)), found]
     mine = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     note = output / "demo.json"

@@ -15,7 +15,7 @@ from jobs.run_directory import RunDirectory
 from jobs.trained_model import TrainedModel, load_trained_model
 from jobs.units import bits_per_byte, targets_of
 from jobs.yardsticks import Yardsticks, yardsticks
-from pipeline.manifest import Manifest, Split
+from pipeline.mixture import Mixture
 
 BATCH_SIZE = 16
 """Windows scored at a time: fixed, so that the figures do not depend on the machine."""
@@ -34,6 +34,8 @@ class Evaluation(NamedTuple):
     bits_per_byte: float
     tokens_per_second: float
     """Compilation left out."""
+    corpora: dict[str, float]
+    """Bits per byte of each corpus that the split is of, by name."""
 
 
 def evaluate_command(
@@ -43,17 +45,14 @@ def evaluate_command(
     run = RunDirectory.existing(root, name)
     keep_freed_memory()
     trained = load_trained_model(run)
-    corpus = Path(trained.recipe.data.corpus or "")
-    manifest = Manifest.load(corpus)
-    held_out = manifest.split(split)
-    if held_out.fingerprint != trained.fingerprints[split]:
+    mixture = trained.mixture()
+    if difference := mixture.difference(split, trained.fingerprints[split]):
         raise UserError(
-            f"{corpus}: its {split} split is not the one that run {run.name} was begun with"
-            f" (fingerprint {held_out.fingerprint[:16]}, expected"
-            f" {trained.fingerprints[split][:16]}); prepare that corpus again"
+            f"{', '.join(str(corpus.path) for corpus in mixture.corpora)}: run {run.name} was begun"
+            f" {difference}; prepare that corpus again"
         )
-    figures = evaluate(trained, corpus, split, held_out, console)
-    yardstick = yardsticks(corpus, split)
+    figures = evaluate(trained, mixture, split, console)
+    yardstick = yardsticks([corpus.path for corpus in mixture.corpora], split)
     _track(run, trained, split, figures, yardstick, console)
     if as_json:
         console.json(
@@ -76,6 +75,11 @@ def evaluate_command(
         ["", "bits per byte"],
         [
             (f"{run.name}", f"{figures.bits_per_byte:.3f}"),
+            *(
+                (f"  on {name}", f"{bits:.3f}")
+                for name, bits in figures.corpora.items()
+                if len(figures.corpora) > 1
+            ),
             ("xz -9e", f"{yardstick.xz:.3f}"),
             ("gzip -9", f"{yardstick.gzip:.3f}"),
         ],
@@ -83,10 +87,11 @@ def evaluate_command(
     return figures
 
 
-def evaluate(
-    trained: TrainedModel, corpus: Path, split: str, held_out: Split, console: Console
-) -> Evaluation:
-    """Scores every window of a split, from an empty cache each, summed in their order."""
+def evaluate(trained: TrainedModel, mixture: Mixture, split: str, console: Console) -> Evaluation:
+    """Scores every window of a split, from an empty cache each, summed in their order.
+
+    Of a mixture: the split of the one corpus after that of the other, whatever their weights.
+    """
     import jax
 
     from model.training import evaluation_step
@@ -94,37 +99,47 @@ def evaluate(
 
     recipe = trained.recipe
     step = jax.jit(functools.partial(evaluation_step, recipe.model))
-    expected = targets_of(held_out, recipe.data.window)
-    nats, targets, windows = 0.0, 0, 0
+    held_out = mixture.splits(split)
+    expected = [targets_of(part, recipe.data.window) for part in held_out]
+    nats, targets, windows = [0.0] * len(held_out), [0] * len(held_out), 0
     began, scored = None, 0
-    batches = evaluation_batches(
-        corpus,
-        split,
-        sequence_length=recipe.data.sequence_length,
-        batch_size=BATCH_SIZE,
-        window=recipe.data.window,
-    )
-    with contextlib.closing(batches), console.progress("token", expected) as progress:
-        for batch in batches:
-            scores = jax.device_get(step(trained.params, trained.codebooks, batch))
-            now = time.monotonic()
-            began, scored = (now, 0) if began is None else (began, scored + batch.loss_mask.sum())
-            nats += float(np.sum(scores, dtype=np.float64))
-            targets += int(batch.loss_mask.sum())
-            windows += int((batch.rows >= 0).sum())
-            progress.update(targets, tokens_per_second=scored / max(now - began, 1e-9) or None)
+    with console.progress("token", sum(expected)) as progress:
+        for index, corpus in enumerate(mixture.corpora):
+            batches = evaluation_batches(
+                corpus.path,
+                split,
+                sequence_length=recipe.data.sequence_length,
+                batch_size=BATCH_SIZE,
+                window=recipe.data.window,
+            )
+            with contextlib.closing(batches):
+                for batch in batches:
+                    scores = jax.device_get(step(trained.params, trained.codebooks, batch))
+                    now, count = time.monotonic(), int(batch.loss_mask.sum())
+                    began, scored = (now, 0) if began is None else (began, scored + count)
+                    nats[index] += float(np.sum(scores, dtype=np.float64))
+                    targets[index] += count
+                    windows += int((batch.rows >= 0).sum())
+                    rate = scored / max(now - began, 1e-9) or None
+                    progress.update(sum(targets), tokens_per_second=rate)
         elapsed = time.monotonic() - (began or 0)
     if targets != expected:
         raise RuntimeError(f"covered {targets} targets of the {split} split's {expected}")
+    bits = [
+        bits_per_byte(total / count, part, recipe.data.window)
+        for total, count, part in zip(nats, targets, held_out, strict=True)
+    ]
+    n_bytes = [part.n_bytes for part in held_out]
     return Evaluation(
         update=trained.update,
         windows=windows,
-        targets=targets,
-        documents=held_out.documents,
-        n_bytes=held_out.n_bytes,
-        nats_per_token=nats / targets,
-        bits_per_byte=bits_per_byte(nats / targets, held_out, recipe.data.window),
+        targets=sum(targets),
+        documents=sum(part.documents for part in held_out),
+        n_bytes=sum(n_bytes),
+        nats_per_token=sum(nats) / sum(targets),
+        bits_per_byte=float(np.average(bits, weights=n_bytes)),
         tokens_per_second=scored / max(elapsed, 1e-9),
+        corpora={c.name: value for c, value in zip(mixture.corpora, bits, strict=True)},
     )
 
 
@@ -149,6 +164,8 @@ def _track(
         f"yardstick/{split}_xz_bits_per_byte": yardstick.xz,
         f"yardstick/{split}_gzip_bits_per_byte": yardstick.gzip,
     }
+    if len(figures.corpora) > 1:
+        values |= {f"{split}/{name}/bits_per_byte": b for name, b in figures.corpora.items()}
     try:
         add_to_run(store_of_run(run).uri, record.mlflow_run_id, values, figures.update)
     except UserError as error:  # the figures stand, whatever the tracking server does

@@ -5,9 +5,9 @@ It knows nothing of Ray: `train` is a plain call, made once in every process of 
 
 import contextlib
 import os
-from pathlib import Path
 
 import jax
+import numpy as np
 
 from jobs import run_log
 from jobs.checkpoints import CheckpointWriter, restore_newest
@@ -18,18 +18,18 @@ from jobs.metric_spool import MetricSpool
 from jobs.recipe import to_yaml
 from jobs.recorder import Recorder
 from jobs.run_directory import Fence, RunDirectory
-from jobs.units import bits_per_byte
+from jobs.units import NATS_PER_BIT, bits_per_byte, targets_of
 from model.sharding import abstract_state, batch_sharding, make_mesh
 from model.training import evaluation_step, initial_state, kmeans_codebooks, train_step
 from pipeline.loader import evaluation_batches, training_batches
-from pipeline.manifest import Manifest
+from pipeline.manifest import SPLITS
+from pipeline.mixture import Mixture
 
 
 def train(settings: LoopSettings) -> Outcome:
     """Trains from the newest checkpoint (or from the start) to the recipe's last update."""
     recipe, run = settings.recipe, RunDirectory(settings.run)
-    corpus = Path(recipe.data.corpus or "")
-    manifest = Manifest.load(corpus)
+    mixture = Mixture.load(recipe.data.corpora)
     primary = jax.process_index() == 0
     run_log.open_log(run.logs, f"rank-{jax.process_index()}")
     keep_freed_memory()
@@ -84,57 +84,77 @@ def train(settings: LoopSettings) -> Outcome:
     )
 
     # ---- Records: metrics into the spool, the state into checkpoints ---------------------------
+    cut = {"sequence_length": recipe.data.sequence_length, "window": recipe.data.window}
+    # A row of training holds as much of each corpus as its weight says.
+    shares = list(zip(mixture.epochs(1, **cut), mixture.splits("train"), strict=True))
+    row_targets = sum(share * targets_of(split, recipe.data.window) for share, split in shares)
+    row_bytes = sum(share * split.n_bytes for share, split in shares)
     recorder = Recorder(
         MetricSpool(run.metrics) if primary else None,
         tokens=tokens,
         codebooks=recipe.model.quantized_keys,
-        bits_per_byte=lambda nats: bits_per_byte(
-            nats, manifest.splits["train"], recipe.data.window
-        ),
+        bits_per_byte=lambda nats: nats / NATS_PER_BIT * row_targets / row_bytes,
     )
     writer = CheckpointWriter(
         run,
         fence,
         keep=recipe.checkpoint.keep,
         recipe=to_yaml(recipe),
-        fingerprints={name: split.fingerprint for name, split in manifest.splits.items()},
+        fingerprints={split: mixture.fingerprint(split) for split in SPLITS},
     )
 
     # ---- Data: batch n is a function of n; each host reads the rows that its devices hold -------
-    cut = {"sequence_length": recipe.data.sequence_length, "window": recipe.data.window}
     batches = training_batches(
-        corpus,
+        mixture,
         "train",
         batch_size=recipe.training.batch_size,
         seed=recipe.training.seed,
         shuffle_span=recipe.data.shuffle_span,
         start_batch=next_batch,
         rows=layout.rows,
+        cache_bytes=recipe.data.cache_bytes,
         **cut,
     )
 
     def evaluation() -> dict[str, float]:
-        """The loss over the first windows of the validation split, each target once."""
-        nats, targets = 0.0, 0
-        with contextlib.closing(
-            evaluation_batches(
-                corpus,
-                "validation",
-                batch_size=recipe.training.batch_size,
-                limit_windows=recipe.training.evaluate_windows,
-                rows=layout.rows,
-                **cut,
-            )
-        ) as windows:
-            for batch in windows:
-                sums = jax.device_get(evaluate(state, layout.place(batch)))
-                nats, targets = nats + float(sums[0]), targets + int(sums[1])
-        per_token = nats / targets
-        split = manifest.splits["validation"]
-        return {
-            "eval/loss_nats_per_token": per_token,
-            "eval/bits_per_byte": bits_per_byte(per_token, split, recipe.data.window),
+        """The loss over the first windows of each validation split, each target once.
+
+        Of a mixture, also each corpus's; in the figures over all of them, a corpus counts by the
+        size of its split, as if the whole of it had been covered.
+        """
+        losses, splits = [], mixture.splits("validation")
+        for corpus in mixture.corpora:
+            nats, targets = 0.0, 0
+            with contextlib.closing(
+                evaluation_batches(
+                    corpus.path,
+                    "validation",
+                    batch_size=recipe.training.batch_size,
+                    limit_windows=recipe.training.evaluate_windows,
+                    rows=layout.rows,
+                    cache_bytes=recipe.data.cache_bytes,
+                    **cut,
+                )
+            ) as windows:
+                for batch in windows:
+                    sums = jax.device_get(evaluate(state, layout.place(batch)))
+                    nats, targets = nats + float(sums[0]), targets + int(sums[1])
+            losses.append(nats / targets)
+        targets_each = [targets_of(split, recipe.data.window) for split in splits]
+        bits_each = [
+            bits_per_byte(loss, split, recipe.data.window)
+            for loss, split in zip(losses, splits, strict=True)
+        ]
+        values = {
+            "eval/loss_nats_per_token": float(np.average(losses, weights=targets_each)),
+            "eval/bits_per_byte": float(
+                np.average(bits_each, weights=[split.n_bytes for split in splits])
+            ),
         }
+        if len(splits) > 1:
+            for corpus, bits in zip(mixture.corpora, bits_each, strict=True):
+                values[f"eval/{corpus.name}/bits_per_byte"] = bits
+        return values
 
     # ---- Loop: a batch is T/U updates; what a step returns is read one batch late ---------------
     stop_reduced, stopped = None, False

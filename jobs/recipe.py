@@ -9,26 +9,26 @@ between one start of a run and the next, mathematical ones may not.
 """
 
 import dataclasses
-import difflib
 import hashlib
-import io
 import json
 import math
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.constructor import SafeConstructor
-from ruamel.yaml.error import YAMLError
 
 from jobs.errors import UserError
+from jobs.recipe_yaml import (
+    dump_yaml,
+    expand_preset,
+    nearest,
+    parse_sections,
+    read_sections,
+    refuse_credentials,
+)
 from model.config import (
-    PRESETS,
     ConfigError,
     ModelConfig,
     OptimizerConfig,
@@ -49,12 +49,24 @@ class DataConfig:
     corpus: str | None = operational(None)
     """Folder that `tvq prepare` wrote. Its splits' fingerprints, not this path, identify the data.
     """
+    mixture: Mapping[str, int | float] | None = operational(None)
+    """Instead of corpus: {FOLDER: WEIGHT, ...}. Of every W = sum of weights windows, exactly a
+    corpus's weight come from it; one that runs out begins its next epoch. The splits' fingerprints
+    and the weights, not the paths, identify the data. Each is evaluated on its own."""
     sequence_length: int = 512
     """T: tokens of a window. The cache is carried through a window and starts empty in the next."""
     window: Literal["stream", "document"] = "stream"
     """stream: documents joined by eos and cut every T tokens. document: one document a window."""
     shuffle_span: int | None = None
     """Shards permuted together, so that a bounded cache suffices; null: the whole split."""
+    cache_bytes: int | None = operational(None)
+    """Disk space for shards that are fetched from an object store (in TVQ_CACHE or
+    ~/.cache/tvq/shards); it must hold two spans and a shard. null: no limit."""
+
+    @property
+    def corpora(self) -> Mapping[str, int | float]:
+        """Folder to weight: of the mixture or of the one corpus; none if neither is given."""
+        return self.mixture or ({self.corpus: 1} if self.corpus else {})
 
 
 @dataclass(frozen=True)
@@ -135,41 +147,12 @@ class Recipe:
         return self.data.sequence_length // self.training.update_length
 
 
-class _Yaml12Constructor(SafeConstructor):
-    """YAML 1.2's core schema has no timestamps: `2026-01-01` stays the string it was written as."""
-
-
-_Yaml12Constructor.add_constructor(
-    "tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node)
-)
-
 _LARGEST_SEED = 2**32 - 1
-_CREDENTIALS = re.compile(r"://[^/\s]*@")
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Parses YAML 1.2: `1e-4` is a number, `off` and `12:30:00` are strings."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Constructor = _Yaml12Constructor
-    try:
-        return yaml.load(text)
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}{line}: not valid YAML: {problem}") from None
-    except ValueError as error:  # `!!int abc`, or a lone sign
-        raise UserError(f"{where}: not valid YAML: {error}") from None
 
 
 def to_yaml(recipe: Recipe) -> str:
     """The whole tree as YAML; `from_yaml` gives the same recipe back."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
-    stream = io.StringIO()
-    yaml.dump(json.loads(_adapter().dump_json(recipe)), stream)
-    return stream.getvalue()
+    return dump_yaml(json.loads(_adapter().dump_json(recipe)))
 
 
 def from_yaml(text: str, where: str) -> Recipe:
@@ -178,18 +161,7 @@ def from_yaml(text: str, where: str) -> Recipe:
     Raises:
         UserError: not YAML, an unknown field, a wrong type or an impossible combination.
     """
-    return _validated(_sections(parse_yaml(text, where), where), where)
-
-
-def named_recipes() -> dict[str, str]:
-    """The recipes that come with tvq: name to what its first comment line says."""
-    folder = resources.files("jobs") / "recipes"
-    found = {}
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if entry.name.endswith(".yaml"):
-            first = entry.read_text(encoding="utf-8").splitlines()[0]
-            found[entry.name.removesuffix(".yaml")] = first.removeprefix("#").strip()
-    return found
+    return _validated(parse_sections(text, where), where)
 
 
 def load(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -199,24 +171,7 @@ def load(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
         UserError: unknown recipe or field, wrong type, impossible combination; names the fix.
     """
     where = f"recipe {name}"
-    tree = _sections(parse_yaml(_text_of(name), where), where)
-    for override in overrides:
-        _apply(tree, override)
-    return _validated(tree, where)
-
-
-def stated(name: str, overrides: tuple[str, ...] = ()) -> frozenset[str]:
-    """The fields that a user states with this recipe: overrides, and what a file of theirs says.
-
-    A named recipe comes with tvq; what it says may change with the version.
-    """
-    fields = {override.partition("=")[0] for override in overrides}
-    if name not in named_recipes():
-        tree = _sections(parse_yaml(_text_of(name), name), name)
-        fields |= {f"{section}.{item}" for section, items in tree.items() for item in items or ()}
-    if "model.preset" in fields:
-        fields |= {f"model.{item.name}" for item in dataclasses.fields(ModelConfig)}
-    return frozenset(fields)
+    return _validated(read_sections(name, overrides, where, _text_fields()), where)
 
 
 def resolve(recipe: Recipe, stored: Recipe | None = None) -> Recipe:
@@ -305,39 +260,6 @@ def _adapter() -> TypeAdapter[Recipe]:
     return TypeAdapter(Recipe)
 
 
-def _text_of(name: str) -> str:
-    path = Path(name)
-    if path.suffix in {".yaml", ".yml"} or "/" in name:
-        if not path.is_file():
-            raise UserError(f"recipe {name}: no such file; `tvq recipes` lists the named ones")
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"recipe {name}: not a text file in UTF-8: {error}") from None
-    names = list(named_recipes())
-    if name not in names:
-        raise UserError(
-            f"recipe {name}: unknown{_nearest(name, names)}; expected one of {', '.join(names)}"
-            " or a path to a .yaml file"
-        )
-    return (resources.files("jobs") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    name, equals, value = override.partition("=")
-    parts = name.split(".")
-    if not equals or len(parts) != 2 or not all(parts):
-        raise UserError(
-            f"override {override!r}: expected section.field=value, as training.steps=200"
-        )
-    section = tree.setdefault(parts[0], {})
-    if not isinstance(section, dict):
-        raise UserError(f"override {override!r}: {parts[0]} is not a section in this recipe")
-    # A text is taken as it stands: a path may hold what YAML would read as a comment or a list.
-    is_text = name in _text_fields() and value != "null"
-    section[parts[1]] = value if is_text else parse_yaml(value, f"override {override!r}")
-
-
 @cache
 def _text_fields() -> set[str]:
     return {
@@ -348,33 +270,15 @@ def _text_fields() -> set[str]:
     }
 
 
-def _sections(tree: Any, where: str) -> dict[str, Any]:
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{where}: expected sections such as `training:`, got {tree!r}")
-    return tree
-
-
 def _validated(tree: dict[str, Any], where: str) -> Recipe:
     try:
-        text = json.dumps(tree)
+        json.dumps(tree)
     except (TypeError, ValueError) as error:  # `!!binary`, a mapping as a key, a loop of aliases
         raise UserError(f"{where}: expected plain sections and values: {error}") from None
-    _refuse_credentials(tree, where)
-    model = tree.get("model")
-    if isinstance(model, dict) and "preset" in model:
-        overrides = dict(model)
-        preset = overrides.pop("preset")
-        if not isinstance(preset, str) or preset not in PRESETS:
-            raise UserError(
-                f"{where}: model.preset: unknown preset {preset!r}"
-                f"{_nearest(str(preset), list(PRESETS))}; expected one of {', '.join(PRESETS)}"
-            )
-        tree = {**tree, "model": {**dataclasses.asdict(PRESETS[preset]), **overrides}}
-        text = json.dumps(tree)
+    refuse_credentials(tree, where)
+    tree = expand_preset(tree, where)
     try:
-        recipe = _adapter().validate_json(text)
+        recipe = _adapter().validate_json(json.dumps(tree))
     except ValidationError as error:
         raise UserError(f"{where}: {_explained(error, tree)}") from None
     try:
@@ -395,7 +299,7 @@ def _explained(error: ValidationError, tree: dict[str, Any]) -> str:
         names = [item.name for item in dataclasses.fields(known)]
         kind = "field" if parents else "section"
         return (
-            f"{name}: no such {kind}{_nearest(last, names)}; `tvq recipes --fields` lists them all"
+            f"{name}: no such {kind}{nearest(last, names)}; `tvq recipes --fields` lists them all"
         )
     return f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}, got {_shown(first['input'])}"
 
@@ -411,6 +315,10 @@ def _check(recipe: Recipe) -> None:
     for name, value in flatten(recipe).items():
         if isinstance(value, float) and not math.isfinite(value):  # JSON and YAML 1.2 part ways
             raise ConfigError(f"{name}: must be finite, got {value}")
+    if data.corpus and data.mixture:
+        raise ConfigError(
+            "data.mixture: takes the place of data.corpus; give one of them, and null for the other"
+        )
     if cluster.data != -1 and cluster.data < 1:
         raise ConfigError(
             f"cluster.data: must be at least 1, or -1 for all that is left, got {cluster.data}"
@@ -459,22 +367,6 @@ def _check(recipe: Recipe) -> None:
                 f"{name}: a batch takes sequence_length / update_length = {step} updates, so it"
                 f" must be a multiple of {step}, got {value}; the nearest is {nearest}"
             )
-
-
-def _refuse_credentials(node: Any, where: str, name: str = "") -> None:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            _refuse_credentials(value, where, f"{name}.{key}".lstrip("."))
-    elif isinstance(node, str) and _CREDENTIALS.search(node):
-        raise UserError(
-            f"{where}: {name}: holds a user name or password in a URL, which would be stored and"
-            " logged; give it in the environment (MLFLOW_TRACKING_USERNAME and _PASSWORD)"
-        )
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _shown(value: Any) -> str:

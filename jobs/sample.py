@@ -15,8 +15,8 @@ from jobs.console import Console
 from jobs.errors import UserError
 from jobs.run_directory import RunDirectory
 from jobs.trained_model import TrainedModel, load_trained_model
-from pipeline.manifest import Manifest
-from pipeline.tokenizers import EOS, make_tokenizer, model_ids, text_of
+from pipeline.manifest import Manifest, tokenizer_of
+from pipeline.tokenizers import EOS, model_ids, text_of
 
 if TYPE_CHECKING:
     from model.sampling import Filters
@@ -70,8 +70,8 @@ def sample_command(
 
     run = RunDirectory.existing(root, name)
     trained = load_trained_model(run)
-    manifest = Manifest.load(Path(trained.recipe.data.corpus or ""))
-    tokenizer = make_tokenizer(manifest.tokenizer.kind, manifest.tokenizer.fingerprint)
+    corpus = trained.mixture().corpora[0].path  # those of a mixture have one tokenizer
+    tokenizer = tokenizer_of(corpus, Manifest.load(corpus))
     began = time.monotonic()
     written = _write(
         trained,
@@ -119,14 +119,16 @@ def _write(
     """What follows each of the prompts [rows, n_tokens]; pad after eos.
 
     The rows of a batch are at one position, so prompts of one length are read and gone on from
-    together. Another length compiles the reading anew; another number of rows decoding as well, and
-    so does a length if keys are not quantised: their cache has a column for each token.
+    together; one that is there several times is read once. Another length compiles the reading
+    anew; another number of rows decoding as well, and so does a length if keys are not quantised:
+    their cache has a column for each token.
     """
     import jax
 
-    from model.sampling import decode, prefill
+    from model.sampling import decode, prefill, take_prompts
 
     read = jax.jit(prefill, static_argnames=("model", "capacity"))
+    take = jax.jit(take_prompts)
     go_on = jax.jit(decode, static_argnames=("model", "n_tokens"))
     model = trained.recipe.model
     written = np.empty((len(prompts), n_tokens), np.int32)
@@ -135,13 +137,14 @@ def _write(
         by_length[len(prompt)].append(row)
     for rows in by_length.values():
         batch = np.stack([prompts[row] for row in rows])
+        distinct, which = np.unique(batch, axis=0, return_inverse=True)
         capacity = batch.shape[1] + n_tokens
-        prefilled = read(model, trained.params, trained.codebooks, batch, capacity=capacity)
+        prefilled = read(model, trained.params, trained.codebooks, distinct, capacity=capacity)
         decoded = go_on(
             model,
             trained.params,
             trained.codebooks,
-            prefilled,
+            take(prefilled, which.astype(np.int32)),
             np.array(rows, np.int32),
             n_tokens=n_tokens,
             key=jax.random.key(seed),

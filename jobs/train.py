@@ -20,8 +20,10 @@ from jobs.tracking.store import Store, embedded_store, without_credentials
 from jobs.tracking.tracker import Tracker
 from jobs.trainer import run_loop
 from model.counts import flops_per_token, parameter_count
-from pipeline.manifest import Manifest
+from pipeline.manifest import SPLITS
+from pipeline.mixture import Mixture
 from pipeline.shards import check_length
+from pipeline.storage import open_store
 
 
 class Trained(NamedTuple):
@@ -58,12 +60,10 @@ def train(
         UserError: a mistake to mend, a run that another process holds, a training that failed, or
             one that was stopped by Ctrl-C (saved; the same command goes on).
     """
-    corpus, manifest = _corpus_of(recipe)
-    # An absolute path: workers and a later start need not share our working folder.
-    recipe = replace(recipe, data=replace(recipe.data, corpus=str(corpus)))
+    recipe, mixture = _with_corpora(recipe)
     run = RunDirectory.at(root.absolute(), name)
-    recipe, record = _begin_or_resume(run, recipe, manifest, stated)
-    _narrate(console, run, recipe, manifest)
+    recipe, record = _begin_or_resume(run, recipe, mixture, stated)
+    _narrate(console, run, recipe, mixture)
 
     done = newest_update(run)
     finished = done >= recipe.training.steps
@@ -92,7 +92,7 @@ def train(
         try:
             differences = "\n".join(recipes.difference(recipe, Recipe())) + "\n"
             tracker.log_recipe(recipes.flatten(recipe), recipes.to_yaml(recipe), differences)
-            _log_corpus(tracker, corpus, manifest)
+            _log_corpora(tracker, mixture)
 
             def loop() -> Outcome:
                 return Outcome(done, False) if finished else run_loop(run, recipe, lease.owner)
@@ -135,35 +135,48 @@ def store_of_run(run: RunDirectory) -> Store:
     return Store(uri if without_credentials(uri) == record.tracking_uri else record.tracking_uri)
 
 
-def _corpus_of(recipe: Recipe) -> tuple[Path, Manifest]:
-    if not recipe.data.corpus:
+def _with_corpora(recipe: Recipe) -> tuple[Recipe, Mixture]:
+    """The recipe with absolute paths to its corpora, and these, checked."""
+    named = recipe.data.corpora
+    if not named:
         raise UserError(
             "data.corpus: no corpus given; make one with `tvq prepare FOLDER --output corpus` and"
             " add data.corpus=corpus"
         )
-    corpus = Path(recipe.data.corpus).expanduser().absolute()
-    manifest = Manifest.load(corpus)
-    vocabulary = manifest.tokenizer.vocab_size
-    if recipe.model.vocab_size != vocabulary:
+    # Absolute: workers and a later start need not share our working folder.
+    weights: dict[str, int | float] = {}
+    for name, weight in named.items():
+        path = open_store(name).location
+        if path in weights:
+            raise UserError(f"data.mixture: names {path} twice; name it once, with both weights")
+        weights[path] = weight
+    mixture = Mixture.load(weights)
+    tokenizer = mixture.tokenizer
+    if recipe.model.vocab_size != tokenizer.vocab_size:
         raise UserError(
-            f"model.vocab_size: is {recipe.model.vocab_size}, but the tokenizer of {corpus}"
-            f" ({manifest.tokenizer.kind}) has {vocabulary} ids; set model.vocab_size={vocabulary}"
+            f"model.vocab_size: is {recipe.model.vocab_size}, but the tokenizer of"
+            f" {mixture.corpora[0].path} ({tokenizer.kind}) has {tokenizer.vocab_size} ids; set"
+            f" model.vocab_size={tokenizer.vocab_size}"
         )
     for split in ("train", "validation"):
-        for shard in manifest.split(split).shards:
-            check_length(corpus, shard)
-    return corpus, manifest
+        for corpus, held in zip(mixture.corpora, mixture.splits(split), strict=True):
+            for shard in held.shards:
+                check_length(corpus.path, shard)
+    if recipe.data.mixture:
+        data = replace(recipe.data, mixture=weights)
+    else:
+        data = replace(recipe.data, corpus=str(mixture.corpora[0].path))
+    return replace(recipe, data=data), mixture
 
 
 def _begin_or_resume(
-    run: RunDirectory, recipe: Recipe, manifest: Manifest, stated: frozenset[str] | None
+    run: RunDirectory, recipe: Recipe, mixture: Mixture, stated: frozenset[str] | None
 ) -> tuple[Recipe, RunRecord]:
     """The recipe to train by, and who the run is.
 
     On resume the stored mathematical fields stand, so that another version's defaults change
     nothing; a stated one that differs is refused. Operational fields are those asked for.
     """
-    fingerprints = {name: split.fingerprint for name, split in manifest.splits.items()}
     stored = None
     if run.record():
         stored = recipes.from_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))
@@ -177,6 +190,7 @@ def _begin_or_resume(
                 " name with --run"
             )
         recipe = recipes.with_mathematics_of(stored, recipe)
+    fingerprints = {split: mixture.fingerprint(split) for split in SPLITS}
     record = run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe))
     if not stored and record.identity != recipes.identity(recipe):
         raise UserError(
@@ -184,19 +198,16 @@ def _begin_or_resume(
             " choose another name with --run"
         )
     for split in ("train", "validation"):
-        if record.fingerprints[split] != fingerprints[split]:
+        if difference := mixture.difference(split, record.fingerprints[split]):
             raise UserError(
-                f"run {run.name}: was begun on another corpus: the {split} split there has"
-                f" fingerprint {record.fingerprints[split][:16]}, here"
-                f" {fingerprints[split][:16]}; give that corpus to resume it, or choose another"
-                " name with --run"
+                f"run {run.name}: was begun {difference}; give what it was begun with to resume"
+                " it, or choose another name with --run"
             )
     return recipe, record
 
 
-def _narrate(console: Console, run: RunDirectory, recipe: Recipe, manifest: Manifest) -> None:
+def _narrate(console: Console, run: RunDirectory, recipe: Recipe, mixture: Mixture) -> None:
     count = parameter_count(recipe.model)
-    train_split = manifest.splits["train"]
     batch_tokens = recipe.training.batch_size * recipe.data.sequence_length
     where = f"{recipe.cluster.workers} Ray workers" if recipe.cluster.workers else "this process"
     console.line(f"run       {run.path}")
@@ -204,40 +215,49 @@ def _narrate(console: Console, run: RunDirectory, recipe: Recipe, manifest: Mani
     stated = (
         f"{name}={value}"
         for name, value in recipes.flatten(recipe).items()
-        if value != defaults[name] and name != "data.corpus"
+        if value != defaults[name] and name not in ("data.corpus", "data.mixture")
     )
     console.line(f"recipe    {' '.join(stated)}")
     console.line(
         f"model     {count.trained:,} parameters + {count.codebook:,} in codebooks,"
         f" {flops_per_token(recipe.model, recipe.data.sequence_length) / 1e6:,.1f} MFLOP a token"
     )
-    console.line(
-        f"data      {train_split.tokens:,} tokens of {train_split.documents:,} documents,"
-        f" fingerprint {train_split.fingerprint[:16]}"
-    )
+    mixed = len(mixture.corpora) > 1
+    for corpus, split in zip(mixture.corpora, mixture.splits("train"), strict=True):
+        share = f"{corpus.name}, {corpus.weight} of {mixture.period} windows: " if mixed else ""
+        console.line(
+            f"data      {share}{split.tokens:,} tokens of {split.documents:,} documents,"
+            f" fingerprint {split.fingerprint[:16]}"
+        )
     console.line(
         f"training  {recipe.training.steps:,} updates, {batch_tokens:,} tokens a batch of"
         f" {recipe.updates_per_batch} updates, on {where}"
     )
+    if mixed:
+        rows = recipe.training.steps // recipe.updates_per_batch * recipe.training.batch_size
+        cut = {"sequence_length": recipe.data.sequence_length, "window": recipe.data.window}
+        counts = zip(mixture.corpora, mixture.epochs(rows, **cut), strict=True)
+        each = ", ".join(f"{corpus.name} {epochs:.2f} epochs" for corpus, epochs in counts)
+        console.line(f"epochs    {each} over the training")
 
 
-def _log_corpus(tracker: Tracker, corpus: Path, manifest: Manifest) -> None:
+def _log_corpora(tracker: Tracker, mixture: Mixture) -> None:
     for name, context in (("train", "training"), ("validation", "evaluation")):
-        split = manifest.splits[name]
-        tracker.log_corpus(
-            f"{corpus.name}-{name}",
-            split.fingerprint,
-            str(corpus),
-            {
-                "documents": split.documents,
-                "tokens": split.tokens,
-                "bytes": split.n_bytes,
-                "words": split.n_words,
-                "tokenizer": manifest.tokenizer.kind,
-            },
-            {"doc_id": "string", "tokens": "integer"},
-            context,
-        )
+        for corpus, split in zip(mixture.corpora, mixture.splits(name), strict=True):
+            tracker.log_corpus(
+                f"{corpus.name}-{name}",
+                split.fingerprint,
+                str(corpus.path),
+                {
+                    "documents": split.documents,
+                    "tokens": split.tokens,
+                    "bytes": split.n_bytes,
+                    "words": split.n_words,
+                    "tokenizer": mixture.tokenizer.kind,
+                },
+                {"doc_id": "string", "tokens": "integer"},
+                context,
+            )
 
 
 def _note_tracking(run: RunDirectory, tracker: Tracker, store: Store) -> None:

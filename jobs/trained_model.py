@@ -7,6 +7,7 @@ from jobs.checkpoint_manifest import complete_checkpoints
 from jobs.errors import UserError
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
+from pipeline.mixture import Mixture
 
 
 class TrainedModel(NamedTuple):
@@ -16,9 +17,13 @@ class TrainedModel(NamedTuple):
     update: int
     """Optimizer updates they have seen."""
     fingerprints: dict[str, str]
-    """Of the corpus splits that the run was begun on."""
+    """Of the splits of the corpus or mixture that the run was begun on."""
     params: Any
     codebooks: Any
+
+    def mixture(self) -> Mixture:
+        """The corpora that the run is trained on, where its newest checkpoint says they lie."""
+        return Mixture.load(self.recipe.data.corpora)
 
 
 def load_trained_model(run: RunDirectory) -> TrainedModel:

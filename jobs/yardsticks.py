@@ -6,12 +6,12 @@ time and has learnt from the training split.
 
 import gzip
 import lzma
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from pipeline.manifest import Manifest
-from pipeline.shards import ShardReader
-from pipeline.tokenizers import make_tokenizer
+from pipeline.manifest import Manifest, tokenizer_of
+from pipeline.storage import Location
+from pipeline.stored_documents import stored_documents
 
 
 class Yardsticks(NamedTuple):
@@ -23,19 +23,22 @@ class Yardsticks(NamedTuple):
     """xz -9e."""
 
 
-def yardsticks(corpus: Path, split: str) -> Yardsticks:
-    """Compresses the split's text, its documents joined in stored order, in memory."""
-    text = split_text(corpus, split)
+def yardsticks(corpora: Sequence[Location], split: str) -> Yardsticks:
+    """Compresses a split's text, its documents joined in stored order, in memory.
+
+    Of several corpora: the text of the one behind that of the other.
+    """
+    text = b"".join(split_text(corpus, split) for corpus in corpora)
     packed = (gzip.compress(text, 9), lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
     return Yardsticks(*(8 * len(data) / len(text) for data in packed))
 
 
-def split_text(corpus: Path, split: str) -> bytes:
+def split_text(corpus: Location, split: str) -> bytes:
     """The text of a split, its documents joined in stored order."""
     manifest = Manifest.load(corpus)
-    tokenizer = make_tokenizer(manifest.tokenizer.kind, manifest.tokenizer.fingerprint)
-    parts = []
-    for shard in manifest.split(split).shards:
-        reader = ShardReader(corpus, shard, tokenizer.dtype)
-        parts += [tokenizer.decode(reader.tokens(row)) for row in range(shard.rows)]
-    return b"".join(parts)
+    tokenizer = tokenizer_of(corpus, manifest)
+    return b"".join(
+        tokenizer.decode(part)
+        for document in stored_documents(corpus, manifest, split)
+        for part in document.parts
+    )

@@ -54,6 +54,8 @@ class Imported(NamedTuple):
     here."""
     network: Network
     """numpy arrays, in the dtype of parameters."""
+    updates: int
+    """Optimizer steps that it was trained for."""
 
 
 def read_checkpoint(data: bytes, flags: str | Mapping[str, Any]) -> Imported:
@@ -63,12 +65,12 @@ def read_checkpoint(data: bytes, flags: str | Mapping[str, Any]) -> Imported:
     vocabulary's size, which the script takes from its data set, may be missing. Raises ConfigError
     naming the flag or leaf that does not fit.
     """
-    leaves = _leaves(data)
+    updates, leaves = _trained(data)
     flags = _decoded(flags)
     if table_shape := np.shape(leaves.get("token_embedder/embs", ())):
         flags = {"n_vocab": table_shape[0]} | flags
     model, optimizer = read_flags(flags)
-    return Imported(model, optimizer, network_from(model, leaves))
+    return Imported(model, optimizer, network_from(model, leaves), updates)
 
 
 def read_flags(flags: str | Mapping[str, Any]) -> tuple[ModelConfig, OptimizerConfig | None]:
@@ -166,8 +168,8 @@ def _split(array: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]
     return np.split(array, np.cumsum([shape[-1] for shape in shapes[:-1]]), axis=-1)
 
 
-def _leaves(data: bytes) -> dict[str, Any]:
-    """The parameters' leaves by their path."""
+def _trained(data: bytes) -> tuple[int, dict[str, Any]]:
+    """The steps made, and the parameters' leaves by their path."""
     try:
         state = serialization.msgpack_restore(data)
     except Exception as error:  # msgpack, numpy and flax each raise their own of damaged bytes
@@ -181,8 +183,13 @@ def _leaves(data: bytes) -> dict[str, Any]:
     if not isinstance(params, dict):
         found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ConfigError(f"official checkpoint: must be a TrainState with params, got {found}")
+    step = np.asarray(state["step"]) if "step" in state else None
+    if step is None or step.shape or not np.issubdtype(step.dtype, np.integer) or step < 0:
+        raise ConfigError(
+            f"official checkpoint: step must be a whole number of updates, got {step}"
+        )
     flat = traverse_util.flatten_dict(params)
-    return {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
+    return int(step), {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
 
 
 # ---- Flags ---------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 B batch, P prompt tokens, N new tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,18 @@ def prefill(
     network = bind(model, params, codebooks)
     features, cache, _ = network(prompt, initial_cache(model, B, capacity))
     return Prefilled(network.logits(features[:, -1:])[:, 0], cache)
+
+
+def take_prompts(prefilled: Prefilled, prompts: Int[Array, " R"]) -> Prefilled:
+    """R rows that each go on from the prompt of that number, which may be taken more than once."""
+    logits, cache = prefilled
+
+    def take(axis: int, tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.take(leaf, prompts, axis), tree)
+
+    layers = take(1, cache.layers)  # axis 0: the layers themselves
+    documents = take(0, (cache.document, cache.document_start))
+    return Prefilled(take(0, logits), Cache(layers, cache.length, *documents))
 
 
 def decode(

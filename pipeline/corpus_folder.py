@@ -3,50 +3,54 @@
 corpus/
   .tvq-corpus                         marks the folder as ours; locked while prepare runs
   manifest.json                       written last: without it there is no corpus
+  listing.json                        the sources as they were listed, to see what has changed
   shards/PLAN/train-00000.arrow       PLAN: the first digits of the plan id
+  shards/PLAN/records-00000.arrow     what became of each record of the range
   shards/PLAN/range-00000.json        the range is finished; removed once there is a manifest
+  scan/KEY.arrow                      what pass 1 found in a range; removed likewise
 """
 
 import contextlib
 import fcntl
+import json
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from pipeline.errors import CorpusError, NewerFormatError
 from pipeline.manifest import MANIFEST_NAME, Manifest
-from pipeline.shards import check_length
-from pipeline.sources import CORPUS_MARKER
+from pipeline.sources import CORPUS_MARKER, SourceFile
+from pipeline.storage import LocalStore, Store
 
 SHARDS = "shards"
+_LISTING = "listing.json"
 
 
-def check_output(output: Path) -> None:
+def plan_folder(plan_id: str) -> str:
+    """Where the shards of a plan lie."""
+    return f"{SHARDS}/{plan_id[:16]}"
+
+
+def check_output(output: Store) -> None:
     """Refuse, before anything is written, a folder that somebody else's files are in."""
+    if isinstance(output, LocalStore) and output.root.exists() and not output.root.is_dir():
+        raise CorpusError(f"{output.location}: not a folder; name another output")
+    if output.exists(CORPUS_MARKER) or next(output.list(), None) is None:
+        old_manifest(output)
+        return
     try:
-        if not output.exists():
-            return
-        if not output.is_dir():
-            raise CorpusError(f"{output}: not a folder; name another output")
-        if not any(output.iterdir()) or (output / CORPUS_MARKER).exists():
-            old_manifest(output)
-            return
-    except OSError as error:
-        raise CorpusError(f"{output}: cannot be used ({error.strerror})") from None
-    try:
-        Manifest.load(output)
+        Manifest.load(output.location)
     except NewerFormatError:
         raise
     except CorpusError:
         raise CorpusError(
-            f"{output}: not empty and not a corpus made by tvq; name a new or empty folder"
+            f"{output.location}: not empty and not a corpus made by tvq; name a new or empty folder"
         ) from None
 
 
-def old_manifest(output: Path) -> Manifest | None:
+def old_manifest(output: Store) -> Manifest | None:
     """The manifest in our own folder; one that is damaged counts as none, it is made again."""
     try:
-        return Manifest.load(output)
+        return Manifest.load(output.location)
     except NewerFormatError:
         raise
     except CorpusError:
@@ -54,50 +58,90 @@ def old_manifest(output: Path) -> Manifest | None:
 
 
 @contextlib.contextmanager
-def claim(output: Path) -> Iterator[None]:
-    """Mark the folder as ours and keep other processes of this machine from preparing in it."""
+def claim(output: Store) -> Iterator[None]:
+    """Mark the folder as ours and keep other processes of this machine from preparing in it.
+
+    A folder that was made for a prepare which is then refused goes again. In an object store
+    nobody is kept out: writers of one plan write equal bytes.
+    """
+    new = not output.exists(CORPUS_MARKER)
+    if not isinstance(output, LocalStore):
+        if new:
+            output.write(CORPUS_MARKER, b"")
+        yield
+        return
+    there = output.root.exists()
     with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-        marker = (output / CORPUS_MARKER).open("a")
+        output.root.mkdir(parents=True, exist_ok=True)
+        marker = (output.root / CORPUS_MARKER).open("a")
     with marker:
         try:
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CorpusError(f"{output}: another prepare is writing to it; wait for it") from None
+            raise CorpusError(
+                f"{output.location}: another prepare is writing to it; wait for it"
+            ) from None
         except OSError:
             pass  # a file system without locks: equal writers still write equal bytes
-        yield  # closing the file gives the lock back, and so does any death
+        try:
+            yield  # closing the file gives the lock back, and so does any death
+        except CorpusError:
+            if new and not (output.root / SHARDS).exists():
+                shutil.rmtree(output.root / "scan", ignore_errors=True)
+                (output.root / CORPUS_MARKER).unlink(missing_ok=True)
+                if not there:
+                    with contextlib.suppress(OSError):
+                        output.root.rmdir()
+            raise
 
 
 @contextlib.contextmanager
-def writing(output: Path) -> Iterator[None]:
+def writing(output: Store) -> Iterator[None]:
     """Say in one line that the folder cannot be written: no permission, a full disk."""
     try:
         yield
     except OSError as error:
-        raise CorpusError(f"{output}: cannot be written ({error.strerror or error})") from None
+        raise CorpusError(
+            f"{output.location}: cannot be written ({error.strerror or error})"
+        ) from None
 
 
-def is_whole(output: Path, manifest: Manifest) -> bool:
+def save_listing(output: Store, plan_id: str, parts: Sequence[Sequence[SourceFile]]) -> None:
+    """Keep what the sources of each increment looked like; no part of the corpus, it knows time."""
+    listing = [{file.id: [file.size, file.version] for file in part} for part in parts]
+    data = json.dumps({"plan_id": plan_id, "increments": listing}, sort_keys=True).encode()
     try:
-        for split in manifest.splits.values():
-            for shard in split.shards:
-                check_length(output, shard)
-    except CorpusError:
-        return False
-    return True
+        if output.read(_LISTING) == data:
+            return
+    except FileNotFoundError:
+        pass
+    output.write(_LISTING, data)
 
 
-def tidy(output: Path, manifest: Manifest) -> None:
-    """Remove what this program wrote and the manifest does not name: older plans, sidecars."""
-    named = {output / s.path for split in manifest.splits.values() for s in split.shards}
-    folders = {path.parent for path in named}
-    for folder in (output / SHARDS).iterdir():
-        if folder not in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-            continue
-        for path in folder.iterdir():
-            if path not in named:
-                path.unlink(missing_ok=True)
-    for path in output.glob(f"{MANIFEST_NAME}.*.tmp"):
-        path.unlink(missing_ok=True)
+def read_listing(output: Store, plan_id: str) -> list[dict[str, tuple[int, str]]]:
+    """For each increment its files' (size, version) by id when that corpus was made.
+
+    Nothing if they are not known, as in a corpus that comes from elsewhere.
+    """
+    try:
+        value = json.loads(output.read(_LISTING))
+        if value["plan_id"] != plan_id:
+            return []
+        return [
+            {name: (size, version) for name, (size, version) in part.items()}
+            for part in value["increments"]
+        ]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def tidy(output: Store, manifest: Manifest) -> None:
+    """Remove what this program wrote and the manifest does not name: older plans, scans, rests."""
+    named = {MANIFEST_NAME, _LISTING, CORPUS_MARKER, *manifest.files}
+    for entry in list(output.list()):
+        if entry.name not in named:
+            output.remove(entry.name)
+    if isinstance(output, LocalStore):
+        for folder in [output.root / "scan", *(output.root / SHARDS).iterdir()]:
+            with contextlib.suppress(OSError):
+                folder.rmdir()

@@ -9,15 +9,15 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.order import Order
+from pipeline.mixture import Mixture, mixed_windows
+from pipeline.storage import Location
 from pipeline.tokenizers import EOS, PAD
 from pipeline.windows import WindowMode, Windows
 
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     loss_mask: npt.NDArray[np.bool_]
     """[R, T]: where there is a target."""
     rows: npt.NDArray[np.int64]
-    """[R]: rows of the endless epoch sequence (training) or windows (evaluation); -1 is padding."""
+    """[R]: rows of the endless sequence (training) or windows (evaluation); -1 is padding."""
 
 
 class BatchStream(Iterator[Batch]):
@@ -99,7 +99,7 @@ class BatchStream(Iterator[Batch]):
 
 
 def training_batches(
-    corpus: Path,
+    corpus: Location | Mixture,
     split: str = "train",
     *,
     sequence_length: int,
@@ -110,40 +110,48 @@ def training_batches(
     start_batch: int = 0,
     rows: Rows = slice(None),
     prefetch: int = 2,
+    cache_bytes: int | None = None,
 ) -> BatchStream:
     """The batches of an endless training, from batch `start_batch` on.
 
-    Batch n holds the rows nB..nB+B-1 of the endless epoch sequence (`order.Order`), B being
-    `batch_size`; so it may lie across the end of an epoch, and starting at any n costs nothing.
-    Raises `CorpusError` at once for what the manifest shows, and from `next` for a shard that is
-    missing or damaged.
+    Batch n holds the rows nB..nB+B-1 of the endless sequence of a corpus (`order.Order`) or of a
+    mixture of them (`mixture.MixtureOrder`), B being `batch_size`; so it may lie across the end of
+    an epoch, and starting at any n costs nothing. The shards of an object store are fetched ahead
+    of need into the cache (`shard_cache`). Raises `CorpusError` at once for what the manifests
+    show, and from `next` for a shard that is missing or damaged.
     """
     positions = _positions(rows, batch_size)
-    windows = Windows(corpus, split, sequence_length=sequence_length, mode=window)
-    order = Order(
-        windows.shard_windows,
-        fingerprint=windows.split.fingerprint,
+    weights = {corpus: 1} if not isinstance(corpus, Mixture) else corpus.weights
+    mixed = mixed_windows(
+        weights,
+        split,
+        sequence_length=sequence_length,
         seed=seed,
+        window=window,
         shuffle_span=shuffle_span,
+        cache_bytes=cache_bytes,
     )
+    sources, order = mixed.sources, mixed.order
 
     # No more than an epoch: a tiny split would need the permutations of a thousand of them.
-    ahead = max(1, min(_ORDER_ROWS, len(windows)) // batch_size)
+    ahead = max(1, min(_ORDER_ROWS, order.n) // batch_size)
 
     def batches() -> Iterator[Batch]:
         for batch in itertools.count(start_batch, ahead):
             firsts = np.arange(batch, batch + ahead)[:, None] * batch_size
             is_row = positions < batch_size
             wanted = np.where(is_row, positions + firsts, -1)
-            chosen = np.where(is_row, order.windows(np.where(is_row, wanted, 0)), -1)
-            for rows_of_batch, windows_of_batch in zip(wanted, chosen, strict=True):
-                yield _read(windows, rows_of_batch, windows_of_batch)
+            mixed.fetch_ahead(int(firsts[0, 0]))
+            corpora, windows = order.windows(np.where(is_row, wanted, 0))
+            windows = np.where(is_row, windows, -1)
+            for of_batch in zip(wanted, corpora, windows, strict=True):
+                yield _read(sources, *of_batch)
 
     return BatchStream(batches(), prefetch)
 
 
 def evaluation_batches(
-    corpus: Path,
+    corpus: Location,
     split: str,
     *,
     sequence_length: int,
@@ -152,20 +160,29 @@ def evaluation_batches(
     limit_windows: int | None = None,
     rows: Rows = slice(None),
     prefetch: int = 2,
+    cache_bytes: int | None = None,
 ) -> BatchStream:
     """The windows of a split in order, each once, or the first `limit_windows` of them.
 
     Every host gets the same number of batches; the last is filled up with padding rows.
     """
     positions = _positions(rows, batch_size)
-    windows = Windows(corpus, split, sequence_length=sequence_length, mode=window)
+    windows = Windows(
+        corpus,
+        split,
+        sequence_length=sequence_length,
+        mode=window,
+        shards_at_once=2,
+        cache_bytes=cache_bytes,
+    )
     n = len(windows) if limit_windows is None else min(limit_windows, len(windows))
 
     def batches() -> Iterator[Batch]:
+        windows.prefetch(range(len(windows.split.shards)))
         for first in range(0, n, batch_size):
             chosen = positions + first
             chosen = np.where((positions < batch_size) & (chosen < n), chosen, -1)
-            yield _read(windows, chosen, chosen)
+            yield _read([windows], chosen, np.zeros_like(chosen), chosen)
 
     return BatchStream(batches(), prefetch)
 
@@ -215,12 +232,17 @@ def _positions(rows: Rows, batch_size: int) -> npt.NDArray[np.int64]:
     return positions
 
 
-def _read(windows: Windows, rows: npt.NDArray[np.int64], chosen: npt.NDArray[np.int64]) -> Batch:
-    """Make a batch of the windows `chosen` [R], -1 being a padding row."""
-    targets = np.full((len(chosen), windows.sequence_length), PAD, np.int32)
-    for row, window in enumerate(chosen.tolist()):
+def _read(
+    sources: Sequence[Windows],
+    rows: npt.NDArray[np.int64],
+    corpora: npt.NDArray[np.int64],
+    windows: npt.NDArray[np.int64],
+) -> Batch:
+    """Make a batch of the `windows` [R] of the sources `corpora` [R], window -1 being padding."""
+    targets = np.full((len(windows), sources[0].sequence_length), PAD, np.int32)
+    for row, (corpus, window) in enumerate(zip(corpora.tolist(), windows.tolist(), strict=True)):
         if window >= 0:
-            windows.read_into(window, targets[row])
+            sources[corpus].read_into(window, targets[row])
     inputs = np.empty_like(targets)
     inputs[:, 0] = EOS
     inputs[:, 1:] = targets[:, :-1]

@@ -3,25 +3,27 @@
 Readers trust it and never list a folder. Two hashes: the *plan id* (inputs, settings, versions)
 decides what a second `prepare` reuses, the *fingerprint* of a split is the hash of its documents'
 ids and tokens in stored order. Neither sees time, machine, parallelism or where files lie.
+
+A corpus grows by *increments*: the first prepare draws the held-out splits, later ones add shards
+to train; each has a plan of its own, which begins from the one before.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.errors import CorpusError, NewerFormatError
-from pipeline.files import write_json
-from pipeline.shards import Shard, check_length, check_sums
+from pipeline.shards import Shard, damaged
 from pipeline.sources import CORPUS_MARKER
+from pipeline.splits import SPLITS
+from pipeline.storage import Location, open_store
+from pipeline.tokenizers import Tokenizer, make_tokenizer
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the shards and the manifest. Older ones are read, newer ones refused."""
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class TokenizerInfo:
     """A model's id is the stored id plus this; the ids below it are pad, eos, unk."""
     dtype: str
     """Of the stored ids: uint8, uint16 or int32."""
+    file: str | None = None
+    """Its model, relative to the corpus folder, if it has one."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,37 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Source:
-    """One document that was read, kept or dropped."""
+class RecordsFile:
+    """What became of each record of a range (`pipeline.records`)."""
 
-    id: str
-    size: int
-    """Bytes."""
+    path: str
+    """Relative to the corpus folder."""
+    records: int
+    content: str
+    """Hash of what the records were found to be."""
+    length: int
+    """Bytes of the file."""
     sha256: str
+
+
+@dataclass(frozen=True)
+class Increment:
+    """What one prepare added; the first draws the held-out splits, later ones add to train."""
+
+    plan_id: str
+    train_fingerprint: str
+    """Of train from the beginning to the end of this increment."""
+    records: tuple[RecordsFile, ...]
+    """Of its ranges, in order."""
+
+
+@dataclass(frozen=True)
+class Drops:
+    """The records dropped for one reason."""
+
+    count: int
+    examples: tuple[str, ...]
+    """The ids of the first few."""
 
 
 @dataclass(frozen=True)
@@ -72,29 +100,37 @@ class Manifest:
     tokenizer: TokenizerInfo
     splits: dict[str, Split]
     """Under the names in `SPLITS`."""
-    sources: tuple[Source, ...]
-    """In the order of ids."""
-    drops: dict[str, tuple[str, ...]]
-    """For each reason the ids that were dropped."""
+    increments: tuple[Increment, ...]
+    """In order; the last has this plan, the one before it is its parent."""
+    drops: dict[str, Drops]
+    """By reason."""
+    held_out_index: str | None
+    """What new documents are decontaminated against, relative to the corpus folder."""
     versions: dict[str, str]
     """Of the libraries, and of Unicode."""
 
+    @property
+    def files(self) -> list[str]:
+        """Every file of the corpus but the manifest, relative to its folder."""
+        named = [shard.path for split in self.splits.values() for shard in split.shards]
+        named += [file.path for increment in self.increments for file in increment.records]
+        return named + [file for file in (self.tokenizer.file, self.held_out_index) if file]
+
     @classmethod
-    def load(cls, corpus: Path) -> "Manifest":
+    def load(cls, corpus: Location) -> "Manifest":
         """Read the manifest of a corpus folder; raises `CorpusError` if there is no good one."""
-        path = corpus / MANIFEST_NAME
+        store = open_store(corpus)
+        path = f"{store.location}/{MANIFEST_NAME}"
         try:
-            text = path.read_bytes()
+            text = store.read(MANIFEST_NAME)
         except FileNotFoundError:
-            if not corpus.is_dir():
-                what = "there is no such folder; make a corpus with `tvq prepare`"
-            elif (corpus / CORPUS_MARKER).exists():
+            if store.exists(CORPUS_MARKER):
                 what = f"unfinished, it has no {MANIFEST_NAME} yet; run `tvq prepare` again"
+            elif not any(store.list()):
+                what = "there is no such folder; make a corpus with `tvq prepare`"
             else:
                 what = f"not a prepared corpus, it has no {MANIFEST_NAME}; run `tvq prepare` first"
             raise CorpusError(f"{corpus}: {what}") from None
-        except OSError as error:
-            raise CorpusError(f"{path}: cannot be read ({error.strerror})") from None
         try:
             value = json.loads(text)
             if value["format"] != "tvq corpus":
@@ -113,11 +149,13 @@ class Manifest:
                 f"{path}: damaged ({type(error).__name__}: {error}); run `tvq prepare` again"
             ) from None
 
-    def save(self, corpus: Path) -> None:
+    def save(self, corpus: Location) -> None:
         """Write `manifest.json` into the corpus folder, whole or not at all."""
         value = {"format": "tvq corpus", **dataclasses.asdict(self)}
         value = json.loads(json.dumps(value))
-        write_json(corpus / MANIFEST_NAME, value | {"checksum": _checksum(value)}, indent=1)
+        value |= {"checksum": _checksum(value)}
+        text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        open_store(corpus).write(MANIFEST_NAME, text.encode())
 
     def split(self, name: str) -> Split:
         """A split by its name; raises `CorpusError` if there is none or it is empty."""
@@ -128,44 +166,47 @@ class Manifest:
         return self.splits[name]
 
 
-class Verified(NamedTuple):
-    """What `verify` has read."""
+def read_records(corpus: Location, file: RecordsFile) -> bytes:
+    """A records file, checked; raises `CorpusError` naming it if it is missing or damaged."""
+    store = open_store(corpus)
+    path = f"{store.location}/{file.path}"
+    try:
+        data = store.read(file.path)
+    except FileNotFoundError:
+        raise damaged(path, "the file is missing") from None
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise damaged(path, "it was changed")
+    return data
 
-    shards: int
-    n_bytes: int
+
+def tokenizer_of(corpus: Location, manifest: Manifest) -> Tokenizer:
+    """The tokenizer that a corpus was made with; raises `CorpusError` if it cannot be had."""
+    info = manifest.tokenizer
+    try:
+        model = None if info.file is None else open_store(corpus).read(info.file)
+    except FileNotFoundError:
+        raise CorpusError(f"{corpus}: {info.file} is missing; run `tvq prepare` again") from None
+    return make_tokenizer(info.kind, info.fingerprint, model)
 
 
-def verify(corpus: Path) -> Verified:
-    """Read every byte of a corpus and compare it with the manifest's checksums.
+class FingerprintBuilder:
+    """The hash of a split's documents in stored order.
 
-    Raises `CorpusError` naming the first shard that is missing or cut short, or its first chunk
-    of 8 MiB that was changed.
+    It sees each document's id and tokens; not parts, shards or the order in which they were made.
     """
-    shards = [s for split in Manifest.load(corpus).splits.values() for s in split.shards]
-    for shard in shards:
-        check_length(corpus, shard)
-    for shard in shards:
-        check_sums(corpus, shard)
-    return Verified(len(shards), sum(shard.length for shard in shards))
 
+    def __init__(self, dtype: str) -> None:
+        """`dtype` is the type of the stored ids."""
+        self._digest = hashlib.sha256(f"tvq split 1 {dtype}\n".encode())
 
-class DocumentDigest(NamedTuple):
-    """What a split's fingerprint takes of one document."""
+    def add(self, doc_id: str, tokens: int, sha256: str) -> None:
+        """The next document: how many tokens it has, and the hash of them, little-endian."""
+        text = json.dumps([doc_id, tokens, sha256], ensure_ascii=False)
+        self._digest.update(text.encode() + b"\n")
 
-    tokens: int
-    sha256: str
-    """Of its stored tokens, little-endian, in the type that the tokenizer names."""
-
-
-def split_fingerprint(documents: Iterable[tuple[str, DocumentDigest]], dtype: str) -> str:
-    """The hash of a split's documents (id, digest) in stored order.
-
-    It does not see parts, shards or the order in which they were made.
-    """
-    digest = hashlib.sha256(f"tvq split 1 {dtype}\n".encode())
-    for doc_id, document in documents:
-        digest.update(json.dumps([doc_id, *document], ensure_ascii=False).encode() + b"\n")
-    return digest.hexdigest()
+    def fingerprint(self) -> str:
+        """Of the documents so far."""
+        return self._digest.hexdigest()
 
 
 def _checksum(value: dict[str, Any]) -> str:
@@ -175,16 +216,32 @@ def _checksum(value: dict[str, Any]) -> str:
 
 def _from_json(value: dict[str, Any]) -> Manifest:
     """Build the tree; a field that is missing is a `KeyError` or `TypeError`."""
+    if value["format_version"] == 1:  # it knew no increments, and named every id that it dropped
+        drops = {reason: Drops(len(ids), tuple(ids[:10])) for reason, ids in value["drops"].items()}
+        increments, held_out_index = (), None
+    else:
+        drops = {
+            reason: Drops(drop["count"], tuple(drop["examples"]))
+            for reason, drop in value["drops"].items()
+        }
+        increments = tuple(_increment_from_json(item) for item in value["increments"])
+        held_out_index = value["held_out_index"]
     return Manifest(
         format_version=value["format_version"],
         plan_id=value["plan_id"],
         settings=value["settings"],
         tokenizer=TokenizerInfo(**value["tokenizer"]),
         splits={name: _split_from_json(value["splits"][name]) for name in SPLITS},
-        sources=tuple(Source(**source) for source in value["sources"]),
-        drops={reason: tuple(ids) for reason, ids in value["drops"].items()},
+        increments=increments,
+        drops=drops,
+        held_out_index=held_out_index,
         versions=value["versions"],
     )
+
+
+def _increment_from_json(value: dict[str, Any]) -> Increment:
+    files = tuple(RecordsFile(**file) for file in value["records"])
+    return Increment(value["plan_id"], value["train_fingerprint"], files)
 
 
 def _split_from_json(value: dict[str, Any]) -> Split:

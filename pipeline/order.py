@@ -53,9 +53,9 @@ class Permutation:
         left, right = value // self._right, value % self._right
         for number, key in enumerate(self._keys):
             if number % 2 == 0:
-                left = (left + _mix(right, key) % self._left) % self._left
+                left = (left + mix(right, key) % self._left) % self._left
             else:
-                right = (right + _mix(left, key) % self._right) % self._right
+                right = (right + mix(left, key) % self._right) % self._right
         return left * self._right + right
 
 
@@ -121,6 +121,15 @@ class Order:
             out[here] = self._windows_of_epoch(epoch, positions[here])
         return out
 
+    def shards_ahead(self, row: int) -> list[int]:
+        """The shards of the span that a row lies in, then those of the next span."""
+        (epoch, position), ahead = divmod(row, self.n), []
+        ends, shards = self._epoch(epoch)
+        span = int(np.searchsorted(ends, position, side="right"))
+        ahead += shards[span].tolist()
+        following = shards[span + 1] if span + 1 < len(shards) else self._epoch(epoch + 1).shards[0]
+        return ahead + [shard for shard in following.tolist() if shard not in ahead]
+
     def _windows_of_epoch(
         self, epoch: int, positions: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int64]:
@@ -153,7 +162,7 @@ class Order:
         return Permutation(n, f"{self._key} epoch {epoch} span {span}")
 
 
-def _mix(value: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
+def mix(value: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
     """64 well-mixed bits of each value and the key; arithmetic modulo 2**64."""
     x = value * np.uint64(0x9E3779B97F4A7C15) + key
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

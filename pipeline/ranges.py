@@ -1,137 +1,102 @@
-"""Pass 2 of `prepare` for one range of documents: its shards, and the sidecar that finishes it.
+"""Cut the files of a corpus in *ranges*, the units of work, and read one range's records.
 
-A range is a run of documents in the order of ids, dropped ones counted, so that the borders of
-shards follow the sources and never what survived the filters. Needs no Ray.
+A range is a run of pieces of files in the order of ids; its borders follow the sources and never
+what survives the filters. Both passes of `prepare` read the same ranges in the same way.
 """
 
-import dataclasses
-import hashlib
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-import numpy as np
-
-from pipeline import sources
-from pipeline.errors import CorpusError
-from pipeline.files import write_json
-from pipeline.manifest import DocumentDigest, shard_from_json
-from pipeline.shards import Row, Shard, ShardWriter, check_length
-from pipeline.tokenizers import Tokenizer, make_tokenizer
+from pipeline.formats import Content, FormatSettings, Piece, Rejected, make_format
+from pipeline.sources import SourceFile, unreadable
+from pipeline.text_formats import Text
 
 
-def cut_ranges(sizes: Sequence[int], limit: int) -> list[range]:
-    """Cut 0..len(sizes)-1 into runs; one ends as soon as it holds `limit` bytes."""
-    runs, begin, held = [], 0, 0
-    for index, size in enumerate(sizes):
-        held += size
-        if held >= limit:
-            runs.append(range(begin, index + 1))
-            begin, held = index + 1, 0
-    if begin < len(sizes):
-        runs.append(range(begin, len(sizes)))
-    return runs
+class FilePiece(NamedTuple):
+    """A run of a file that one task reads."""
+
+    file: SourceFile
+    piece: Piece
+    size: int
+    """About so many bytes of the file."""
 
 
-class Task(NamedTuple):
-    """A document that pass 2 writes."""
+class Range(NamedTuple):
+    """A run of pieces, the work of one task."""
 
-    id: str
-    path: str
-    sha256: str
-    split: str
+    pieces: list[FilePiece]
 
-
-class Finished(NamedTuple):
-    """A range that pass 2 has written: what its sidecar says."""
-
-    shards: dict[str, Shard]
-    digests: list[DocumentDigest]
-    """Of each document written, in the order of ids."""
+    @property
+    def size(self) -> int:
+        """About so many source bytes."""
+        return sum(piece.size for piece in self.pieces)
 
 
-def write_range(payload: dict[str, Any]) -> dict[str, Any]:
-    """Write the shards of one range, then its sidecar; what it returns is what the sidecar says.
+class Record(NamedTuple):
+    """What a file holds at one place: a document, or something that cannot be one."""
 
-    Runs in a Ray task, but needs no Ray. Raises `CorpusError` if a document is not what was
-    scanned; then no shard of the range appears under its name without having been whole.
+    piece: int
+    """Number of its piece in the range."""
+    file: SourceFile
+    row: int
+    """Ordinal in its piece; -1 where the file is the document."""
+    item: Content | Rejected
+
+
+def shard_bytes_for(total: int) -> int:
+    """Source bytes of a range, for a corpus of so many: a power of two from 2 MiB to 256 MiB.
+
+    Some 64 ranges keep all cores of a machine busy; larger ones keep the shards of a large corpus
+    countable. It depends on nothing but the corpus, so that its bytes do.
     """
-    output, folder, index = Path(payload["output"]), payload["folder"], payload["index"]
-    tokenizer = make_tokenizer(payload["tokenizer"])
-    writers: dict[str, ShardWriter] = {}
-    digests: list[DocumentDigest] = []
-    try:
-        for task in (Task(*item) for item in payload["tasks"]):
-            if task.split not in writers:
-                path = f"{folder}/{task.split}-{index:05d}.arrow"
-                writers[task.split] = ShardWriter(output, path, tokenizer.dtype)
-            digests.append(_write_document(task, tokenizer, writers[task.split]))
-        shards = {split: writer.finish() for split, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.abort()
-    value = {
-        "shards": {split: dataclasses.asdict(shard) for split, shard in shards.items()},
-        "digests": digests,
-    }
-    write_json(_sidecar(output, folder, index), value)
-    return value
+    size = 2 * 2**20
+    while size < 256 * 2**20 and size * 64 < total:
+        size *= 2
+    return size
 
 
-def _write_document(task: Task, tokenizer: Tokenizer, writer: ShardWriter) -> DocumentDigest:
-    content, digest, n_tokens = hashlib.sha256(), hashlib.sha256(), 0
-    words = WordCounter()
-    for part, text in enumerate(sources.read_parts(task.path)):
-        tokens = tokenizer.encode(text)
-        content.update(text)
-        digest.update(np.ascontiguousarray(tokens, tokens.dtype.newbyteorder("<")).data)
-        n_tokens += len(tokens)
-        writer.append(Row(task.id, part, tokens, len(text), words.count(text)))
-    if content.hexdigest() != task.sha256:
-        raise CorpusError(f"{task.path}: changed while it was being prepared; run prepare again")
-    return DocumentDigest(n_tokens, digest.hexdigest())
+def cut_ranges(
+    files: Sequence[SourceFile], settings: FormatSettings, shard_bytes: int
+) -> list[Range]:
+    """Cut files, in the order of their ids, in pieces and those in runs of about `shard_bytes`.
 
-
-class WordCounter:
-    """Counts the words of a document that comes in parts.
-
-    A word is a run of bytes other than ASCII white space, which is defined for any bytes and does
-    not change with the version of Unicode. One that goes on in the next part counts in the first.
+    A range ends as soon as it holds so many bytes. Raises `CorpusError` for a file that is not of
+    the format.
     """
-
-    _IS_WORD = bytes(byte not in b" \t\n\r\v\f" for byte in range(256))
-
-    def __init__(self) -> None:
-        self._inside = False
-
-    def count(self, part: bytes) -> int:
-        """The words that begin in this part, which follows the parts counted before."""
-        inside = np.frombuffer(part.translate(self._IS_WORD), np.bool_)
-        if not len(inside):
-            return 0
-        begins = int(np.count_nonzero(inside[1:] > inside[:-1]))
-        begins += int(inside[0] and not self._inside)
-        self._inside = bool(inside[-1])
-        return begins
+    ranges, held = [Range([])], 0
+    for file in files:
+        for piece in _pieces(file, settings, shard_bytes):
+            if held >= shard_bytes:
+                ranges.append(Range([]))
+                held = 0
+            ranges[-1].pieces.append(piece)
+            held += piece.size
+    return [range_ for range_ in ranges if range_.pieces]
 
 
-def _sidecar(output: Path, folder: str, index: int) -> Path:
-    return output / folder / f"range-{index:05d}.json"
+def _pieces(file: SourceFile, settings: FormatSettings, limit: int) -> list[FilePiece]:
+    form = make_format(settings, file.id)
+    if isinstance(form, Text):  # nothing to look up, and in an object store opening takes a while
+        return [FilePiece(file, Piece(0, file.size), file.size)]
+    with file.open() as opened:
+        pieces = form.pieces(opened, file.id, file.size, limit)
+    whole = sum(piece.end - piece.begin for piece in pieces) or 1
+    return [
+        FilePiece(file, piece, file.size * (piece.end - piece.begin) // whole) for piece in pieces
+    ]
 
 
-def read_sidecar(output: Path, folder: str, index: int) -> Finished | None:
-    """What a range's sidecar says, if it is there and its shards are whole."""
-    try:
-        value = json.loads(_sidecar(output, folder, index).read_bytes())
-        finished = finished_from_json(value)
-        for shard in finished.shards.values():
-            check_length(output, shard)
-    except (OSError, ValueError, KeyError, TypeError, CorpusError):
-        return None
-    return finished
+def read_range(range_: Range, settings: FormatSettings) -> Iterator[Record]:
+    """The records of a range in order; the blocks of one are read before the next is asked for.
 
-
-def finished_from_json(value: dict[str, Any]) -> Finished:
-    shards = {split: shard_from_json(shard) for split, shard in value["shards"].items()}
-    return Finished(shards, [DocumentDigest(*digest) for digest in value["digests"]])
+    Raises `CorpusError` naming the file for one that cannot be read or is not of the format.
+    """
+    for number, (file, piece, _) in enumerate(range_.pieces):
+        form = make_format(settings, file.id)
+        try:
+            with file.open() as opened:
+                for item in form.documents(opened, file.id, piece):
+                    row = -1 if item.row is None else item.row
+                    yield Record(number, file, row, item)
+        except OSError as error:
+            raise unreadable(file.path, error) from None

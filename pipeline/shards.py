@@ -11,9 +11,11 @@ A row is a document, or a part of a long one:
 eos is not stored: it comes from the borders of documents. Any Arrow reader opens the file.
 """
 
+import dataclasses
 import hashlib
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +26,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.errors import CorpusError
-from pipeline.files import replace_durably, temporary_name
+from pipeline.storage import Location, open_store
 
 CHUNK_BYTES = 8 * 1024 * 1024
 """A shard's checksums are of chunks of this length, the last one shorter."""
@@ -87,10 +89,10 @@ class ShardWriter:
     the version of pyarrow).
     """
 
-    def __init__(self, corpus: Path, path: str, dtype: np.dtype) -> None:
-        """Begin the shard at `path`, relative to the corpus folder; its folder must exist."""
-        self._path, self._target = path, corpus / path
-        self._temporary = temporary_name(self._target)
+    def __init__(self, corpus: Location, path: str, dtype: np.dtype) -> None:
+        """Begin the shard at `path`, relative to the corpus folder."""
+        self._path, self._store = path, open_store(corpus)
+        self._temporary = self._store.scratch(path)
         self._schema = schema(dtype)
         self._rows: list[Row] = []
         self._pending_bytes = 0
@@ -122,7 +124,7 @@ class ShardWriter:
         self._flush()
         self._stream.close()
         self._file.finish()
-        replace_durably(self._temporary, self._target)
+        self._store.place(self._temporary, self._path)
         return Shard(
             path=self._path,
             longest_document=self._longest,
@@ -168,20 +170,23 @@ class ShardReader:
     that was cut short or replaced; `manifest.verify` finds a changed byte.
     """
 
-    def __init__(self, corpus: Path, shard: Shard, dtype: np.dtype) -> None:
-        """Map the shard; raises `CorpusError` naming it where it is not what the manifest says."""
-        check_length(corpus, shard)
-        path = corpus / shard.path
+    def __init__(self, path: Path, shard: Shard, dtype: np.dtype) -> None:
+        """Map the file of a shard, which may lie in a cache.
+
+        Raises `CorpusError` naming it where it is not what the manifest says.
+        """
+        check_length(path.parent, dataclasses.replace(shard, path=path.name))
         try:
             file = pa.ipc.open_file(pa.memory_map(str(path)))
             if not file.schema.equals(schema(dtype)):
-                raise _damaged(path, f"its columns are not those of a shard of {dtype.name}")
+                raise damaged(path, f"its columns are not those of a shard of {dtype.name}")
             batches = [file.get_batch(i) for i in range(file.num_record_batches)]
         except (pa.ArrowInvalid, OSError) as error:
-            raise _damaged(path, str(error).splitlines()[0]) from None
+            raise damaged(path, str(error).splitlines()[0]) from None
         parts, lengths, begins, batch_of_row = [], [], [], []
         # Without a copy: each batch's tokens stay where the file is mapped.
         self._values: list[npt.NDArray] = []
+        self._ids = [batch.column(0) for batch in batches]
         for index, batch in enumerate(batches):
             column = batch.column(2)
             offsets = _view(column.offsets, np.dtype(np.int64))
@@ -195,11 +200,12 @@ class ShardReader:
         self.first_rows: npt.NDArray[np.int64] = np.flatnonzero(_joined(parts, np.int32) == 0)
         """The row at which each document begins [documents]."""
         self._begins = _joined(begins, np.int64)
+        self._first_of_batch = np.cumsum([0, *(len(batch) for batch in batches)])
         self._batch_of_row = _joined(batch_of_row, np.int32)
         counts = (len(self.lengths), len(self.first_rows), int(self.lengths.sum()))
         expected = (shard.rows, shard.documents, shard.tokens)
         if counts != expected:
-            raise _damaged(
+            raise damaged(
                 path, f"(rows, documents, tokens) are {counts}, the manifest says {expected}"
             )
 
@@ -208,33 +214,43 @@ class ShardReader:
         begin = int(self._begins[row])
         return self._values[self._batch_of_row[row]][begin : begin + int(self.lengths[row])]
 
+    def document_id(self, row: int) -> str:
+        """The id of the document that a row belongs to."""
+        batch = int(self._batch_of_row[row])
+        return self._ids[batch][row - int(self._first_of_batch[batch])].as_py()
 
-def check_length(corpus: Path, shard: Shard) -> None:
+    def documents(self) -> Iterator[range]:
+        """The rows of each document, in stored order."""
+        borders = [*self.first_rows.tolist(), len(self.lengths)]
+        return (range(begin, end) for begin, end in itertools.pairwise(borders))
+
+
+def check_length(corpus: Location, shard: Shard) -> None:
     """Raise `CorpusError` if the shard's file is missing or not as long as it should be."""
-    path = corpus / shard.path
+    store = open_store(corpus)
+    path = f"{store.location}/{shard.path}"
     try:
-        length = path.stat().st_size
+        length = store.size(shard.path)
     except FileNotFoundError:
-        raise _damaged(path, "the file is missing") from None
-    except OSError as error:
-        raise CorpusError(f"{path}: cannot be read ({error.strerror})") from None
+        raise damaged(path, "the file is missing") from None
     if length != shard.length:
-        raise _damaged(path, f"it has {length} bytes, the manifest says {shard.length}")
+        raise damaged(path, f"it has {length} bytes, the manifest says {shard.length}")
 
 
-def check_sums(corpus: Path, shard: Shard) -> None:
+def check_sums(corpus: Location, shard: Shard) -> None:
     """Raise `CorpusError` naming the first chunk that is not what was written."""
     check_length(corpus, shard)
-    path = corpus / shard.path
+    store = open_store(corpus)
+    path = f"{store.location}/{shard.path}"
     try:
-        with path.open("rb") as file:
+        with store.open(shard.path) as file:
             for index, expected in enumerate(shard.sums):
                 if hashlib.sha256(file.read(CHUNK_BYTES)).hexdigest() != expected:
                     begin = index * CHUNK_BYTES
                     end = min(begin + CHUNK_BYTES, shard.length)
-                    raise _damaged(path, f"chunk {index} (bytes {begin} to {end}) was changed")
+                    raise damaged(path, f"chunk {index} (bytes {begin} to {end}) was changed")
     except OSError as error:
-        raise CorpusError(f"{path}: cannot be read ({error.strerror})") from None
+        raise CorpusError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 class _HashingFile:
@@ -302,7 +318,7 @@ def _joined(arrays: Sequence[npt.NDArray], dtype: npt.DTypeLike) -> npt.NDArray:
     return np.concatenate([np.empty(0, dtype), *arrays])
 
 
-def _damaged(path: Path, what: str) -> CorpusError:
+def damaged(path: Path | str, what: str) -> CorpusError:
     return CorpusError(
         f"shard {path}: {what}; delete the file and run `tvq prepare` again with the same settings"
     )

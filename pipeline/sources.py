@@ -1,26 +1,25 @@
-"""Open a corpus as documents with stable ids.
+"""Find the files of a corpus, with stable ids.
 
-A document is a file; its id is its path relative to the source, with forward slashes, so that a
-moved or copied corpus keeps its ids. The text is the file's bytes, exactly: line ends, byte order
-marks and invalid UTF-8 are kept.
+A file's id is its path relative to the source, with forward slashes, so that a moved or copied
+corpus keeps its ids. What documents a file holds is `formats`' to say.
 """
 
+import functools
 import os
 import re
 import stat
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from pipeline.errors import CorpusError
+from pipeline.patterns import matcher, split_glob
+from pipeline.storage import is_url, open_store
 
 CORPUS_MARKER = ".tvq-corpus"
 """The file that marks a folder as a prepared corpus: such folders are never read as sources."""
-
-PART_BYTES = 4 * 1024 * 1024
-"""The most bytes of a document that one row of a shard holds."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class SourceSettings:
     """
 
     paths: tuple[str, ...]
-    """Files or folders."""
+    """Files, folders or patterns (`books/*.txt`), on this machine or as `gs://bucket/folder`."""
 
     include: tuple[str, ...] = ("**/*",)
     """Patterns of ids below a folder, one of which must match. `**/` is any number of folders,
@@ -43,14 +42,30 @@ class SourceSettings:
     """Patterns of ids below a folder, none of which may match."""
 
 
-class Document(NamedTuple):
-    """One document that was found, not yet read."""
+class SourceFile(NamedTuple):
+    """One file that was found, not yet read."""
 
     id: str
-    path: str
-    """Where it is read from: absolute, never part of an id or a hash."""
+    folder: str
+    """Where it is read from: an absolute path or a URL, never part of an id or a hash."""
+    name: str
+    """Its path below `folder`."""
     size: int
-    """Bytes when it was listed; only progress and the sharing of work go by it."""
+    """Bytes when it was listed; the sharing of work goes by it."""
+    version: str
+    """Changes when the file does, as far as its store can tell without reading it."""
+
+    @property
+    def path(self) -> str:
+        """For messages."""
+        return f"{self.folder}/{self.name}"
+
+    def open(self) -> BinaryIO:
+        """Open it for reading at any place; raises `CorpusError` if that cannot be done."""
+        try:
+            return _store(self.folder).open(self.name)
+        except OSError as error:
+            raise unreadable(self.path, error) from None
 
 
 def standard_library() -> SourceSettings:
@@ -71,31 +86,23 @@ def standard_library() -> SourceSettings:
     )
 
 
-def list_documents(settings: SourceSettings) -> list[Document]:
-    """Find the documents of a source, sorted by id.
+def list_files(settings: SourceSettings) -> list[SourceFile]:
+    """Find the files of a source, sorted by id.
 
     Raises `CorpusError` for a path that does not exist or cannot be read, for a source in which no
     file matches, for a name that is not valid UTF-8, and for two files with the same id.
     """
     if not settings.paths:
         raise CorpusError("the source names no path: give a file or a folder")
-    include, exclude = _matcher(settings.include), _matcher(settings.exclude)
-    found: dict[str, Document] = {}
+    include, exclude = matcher(settings.include), matcher(settings.exclude)
+    found: dict[str, SourceFile] = {}
     for given in settings.paths:
-        root = Path(given).absolute()
-        status = _status(root)
-        if stat.S_ISDIR(status.st_mode):
-            documents = _walk(root, include, exclude)
-        elif stat.S_ISREG(status.st_mode):
-            documents = iter([Document(root.name, str(root), status.st_size)])
-        else:
-            raise CorpusError(f"{root}: neither a file nor a folder")
-        for document in documents:
-            _check_name(document)
-            other = found.setdefault(document.id, document)
-            if other is not document:
+        for file in _find(given, include, exclude):
+            _check_name(file)
+            other = found.setdefault(file.id, file)
+            if other is not file and other.path != file.path:
                 raise CorpusError(
-                    f"{document.path} and {other.path} would both be document {document.id!r}: "
+                    f"{file.path} and {other.path} would both be document {file.id!r}: "
                     "give their common parent folder as the one path, or leave one out"
                 )
     if not found:
@@ -108,53 +115,77 @@ def list_documents(settings: SourceSettings) -> list[Document]:
     return [found[name] for name in sorted(found)]
 
 
-def read_blocks(path: str, block_bytes: int = 1024 * 1024) -> Iterator[bytes]:
-    """Read a file in blocks of at most `block_bytes`."""
-    with _open(path) as file:
-        try:
-            while block := file.read(block_bytes):
-                yield block
-        except OSError as error:
-            raise _unreadable(path, error) from None
+# Most of the files of a corpus lie in one folder; to parse its name takes as long as reading a page.
+_store = functools.lru_cache(maxsize=16)(open_store)
 
 
-def read_parts(path: str, limit: int = PART_BYTES) -> Iterator[bytes]:
-    """Read a document in parts of at most `limit` bytes, which joined are the document.
+def unreadable(path: str, error: OSError) -> CorpusError:
+    """The error of a source that cannot be read."""
+    why = "No such file" if isinstance(error, FileNotFoundError) else error.strerror or error
+    return CorpusError(f"{path}: cannot be read ({why}): mend or exclude it")
 
-    A part ends behind the last newline that fits; where none fits, at the last border of a UTF-8
-    character, or after `limit` bytes of what is not UTF-8. Holds two parts in memory.
-    """
-    with _open(path) as file:
-        pending = b""
-        while True:
-            try:
-                pending += file.read(limit + 1 - len(pending))
-            except OSError as error:
-                raise _unreadable(path, error) from None
-            if len(pending) <= limit:
-                if pending:
-                    yield pending
+
+def _find(given: str, include: re.Pattern[str], exclude: re.Pattern[str]) -> Iterator[SourceFile]:
+    folder, pattern = split_glob(given)
+    if pattern and not is_url(given) and Path(given).exists():  # a name with brackets in it
+        folder, pattern = given, ""
+    if pattern:
+        wanted = matcher((pattern,))
+        found = _below(folder, wanted, exclude)
+        return (file for file in found if include.fullmatch(file.id))
+    if is_url(given):
+        return _in_store(given, include, exclude)
+    root = Path(given).absolute()
+    status = _status(root)
+    if stat.S_ISDIR(status.st_mode):
+        return _walk(root, include, exclude)
+    if stat.S_ISREG(status.st_mode):
+        return iter([_local(root.name, root.parent, status)])
+    raise CorpusError(f"{root}: neither a file nor a folder")
+
+
+def _below(folder: str, include: re.Pattern[str], exclude: re.Pattern[str]) -> Iterator[SourceFile]:
+    if is_url(folder):
+        return _in_store(folder, include, exclude)
+    root = Path(folder).absolute()
+    if not stat.S_ISDIR(_status(root).st_mode):
+        raise CorpusError(f"{root}: not a folder, so no pattern can match in it")
+    return _walk(root, include, exclude)
+
+
+def _in_store(url: str, include: re.Pattern[str], exclude: re.Pattern[str]) -> Iterator[SourceFile]:
+    """The objects below a URL, or the one that it names."""
+    url = url.rstrip("/")
+    entries = list(open_store(url).list())
+    if not entries:
+        folder, _, name = url.rpartition("/")
+        for entry in open_store(folder).list(name):
+            if entry.name == name:
+                yield SourceFile(name, folder, name, entry.size, entry.version)
                 return
-            cut = _cut(pending, limit)
-            yield pending[:cut]
-            pending = pending[cut:]
+        raise CorpusError(f"{url}: no such object, and none below it")
+    corpora = {str(PurePosixPath(e.name).parent) for e in entries if _last(e.name) == CORPUS_MARKER}
+    for entry in entries:
+        folders = [str(parent) for parent in PurePosixPath(entry.name).parents]
+        if corpora.intersection(folders) or not _is_wanted(entry.name, include, exclude):
+            continue
+        yield SourceFile(entry.name, url, entry.name, entry.size, entry.version)
 
 
-def _cut(data: bytes, limit: int) -> int:
-    """Where to cut data that is longer than `limit`."""
-    newline = data.rfind(b"\n", 0, limit)
-    if newline >= 0:
-        return newline + 1
-    # A UTF-8 character is a first byte and at most three bytes 10xxxxxx.
-    for cut in range(limit, max(limit - 4, 0), -1):
-        if data[cut] & 0xC0 != 0x80:
-            return cut
-    return limit
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
-def _walk(root: Path, include: re.Pattern[str], exclude: re.Pattern[str]) -> Iterator[Document]:
+def _is_wanted(name: str, include: re.Pattern[str], exclude: re.Pattern[str]) -> bool:
+    parts = name.split("/")
+    if any(part.startswith(".") for part in parts) or "__pycache__" in parts[:-1]:
+        return False
+    return bool(include.fullmatch(name)) and not exclude.fullmatch(name)
+
+
+def _walk(root: Path, include: re.Pattern[str], exclude: re.Pattern[str]) -> Iterator[SourceFile]:
     def fail(error: OSError) -> None:
-        raise _unreadable(str(error.filename), error) from None
+        raise unreadable(str(error.filename), error) from None
 
     for folder, folders, names in os.walk(root, onerror=fail):
         if CORPUS_MARKER in names:
@@ -163,47 +194,25 @@ def _walk(root: Path, include: re.Pattern[str], exclude: re.Pattern[str]) -> Ite
         folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
         for name in names:
             path = Path(folder, name)
-            document_id = path.relative_to(root).as_posix()
-            if name.startswith(".") or not include.fullmatch(document_id):
-                continue
-            if exclude.fullmatch(document_id):
-                continue
-            status = _status(path)
-            if stat.S_ISREG(status.st_mode):
-                yield Document(document_id, str(path), status.st_size)
+            file_id = path.relative_to(root).as_posix()
+            if _is_wanted(file_id, include, exclude):
+                status = _status(path)
+                if stat.S_ISREG(status.st_mode):
+                    yield _local(file_id, root, status)
 
 
-def _matcher(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """One expression that matches what any of the patterns matches (nothing for none)."""
-    return re.compile("|".join(_expression(p) for p in patterns) or r"(?!)", re.DOTALL)
+def _local(name: str, folder: Path, status: os.stat_result) -> SourceFile:
+    # Like git: a file with the same size, time of change and inode is taken for the same.
+    version = f"{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_ino}"
+    return SourceFile(name, str(folder), name, status.st_size, version)
 
 
-def _expression(pattern: str) -> str:
-    out, at = "", 0
-    while at < len(pattern):
-        if pattern.startswith("**/", at) and (at == 0 or pattern[at - 1] == "/"):
-            out, at = out + "(?:[^/]+/)*", at + 3
-        elif pattern.startswith("**", at):
-            out, at = out + ".*", at + 2
-        elif pattern[at] == "*":
-            out, at = out + "[^/]*", at + 1
-        elif pattern[at] == "?":
-            out, at = out + "[^/]", at + 1
-        elif pattern[at] == "[" and (end := pattern.find("]", at + 2)) > 0:
-            inside = pattern[at + 1 : end].replace("\\", r"\\").replace("[", r"\[")
-            inside = "^" + inside[1:] if inside[0] == "!" else inside.replace("^", r"\^")
-            out, at = out + f"[{inside}]", end + 1
-        else:
-            out, at = out + re.escape(pattern[at]), at + 1
-    return f"(?:{out})"
-
-
-def _check_name(document: Document) -> None:
+def _check_name(file: SourceFile) -> None:
     try:
-        document.path.encode()
+        file.path.encode()
     except UnicodeEncodeError:
         raise CorpusError(
-            f"{document.path!a}: the name is not valid UTF-8: rename the file or exclude it"
+            f"{file.path!a}: the name is not valid UTF-8: rename the file or exclude it"
         ) from None
 
 
@@ -217,15 +226,4 @@ def _status(path: Path) -> os.stat_result:
             else f"{path}: no such file or folder"
         ) from None
     except OSError as error:
-        raise _unreadable(str(path), error) from None
-
-
-def _open(path: str) -> BinaryIO:
-    try:
-        return Path(path).open("rb")
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: str, error: OSError) -> CorpusError:
-    return CorpusError(f"{path}: cannot be read ({error.strerror or error}): mend or exclude it")
+        raise unreadable(str(path), error) from None

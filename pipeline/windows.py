@@ -7,7 +7,8 @@ on where shards or the parts of a document end.
 """
 
 import functools
-from pathlib import Path
+import weakref
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +16,9 @@ import numpy.typing as npt
 
 from pipeline.errors import CorpusError
 from pipeline.manifest import Manifest
+from pipeline.shard_cache import ShardCache, default_folder
 from pipeline.shards import ShardReader
+from pipeline.storage import LocalStore, Location, open_store
 from pipeline.tokenizers import EOS
 
 WindowMode = Literal["stream", "document"]
@@ -40,12 +43,22 @@ class Windows:
     """
 
     def __init__(
-        self, corpus: Path, split: str, *, sequence_length: int, mode: WindowMode = "stream"
+        self,
+        corpus: Location,
+        split: str,
+        *,
+        sequence_length: int,
+        mode: WindowMode = "stream",
+        shards_at_once: int | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         """Lay out the windows from the manifest alone.
 
-        Raises `CorpusError` if there is no corpus or no such split, if the split is empty, and in
-        `document` mode if a document is longer than `sequence_length` (T, at least 1).
+        The shards of an object store are read through a cache on this machine's disk of at most
+        `cache_bytes`, which must hold `shards_at_once` of them (all, if null); nothing is fetched
+        yet. Raises `CorpusError` if there is no corpus or no such split, if the split is empty, in
+        `document` mode if a document is longer than `sequence_length` (T, at least 1), and for a
+        cache that is too small.
         """
         if sequence_length < 1:
             raise ValueError(f"sequence_length: must be at least 1, got {sequence_length}")
@@ -54,7 +67,7 @@ class Windows:
         self.manifest = Manifest.load(corpus)
         self.split = self.manifest.split(split)
         self.sequence_length = sequence_length
-        self._corpus, self._mode = corpus, mode
+        self._mode = mode
         self._dtype = np.dtype(self.manifest.tokenizer.dtype)
         self._offset = np.int32(self.manifest.tokenizer.token_offset)
         shards = self.split.shards
@@ -72,7 +85,15 @@ class Windows:
             lengths = [shard.documents for shard in shards]
         self._shard_ends = np.cumsum(np.array(lengths, np.int64))
         self._shard_begins = self._shard_ends - lengths
-        self._shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        self._store = open_store(corpus)
+        self._cache = ShardCache(self._store, default_folder(), cache_bytes)
+        open_shards = _OPEN_SHARDS
+        if cache_bytes is not None:
+            at_once = min(shards_at_once or len(shards), len(shards))
+            self._cache.check_limit(shards, at_once)
+            # One less: the next is opened before the least recently used is given up.
+            open_shards = min(open_shards, max(at_once - 1, 1))
+        self._shard = functools.lru_cache(maxsize=open_shards)(self._open)
 
     def __len__(self) -> int:
         """The number of windows."""
@@ -86,6 +107,15 @@ class Windows:
         """
         borders = np.append(self._shard_begins, self._shard_ends[-1])
         return borders if self._mode == "document" else -(-borders // self.sequence_length)
+
+    @property
+    def is_remote(self) -> bool:
+        """The shards lie in an object store."""
+        return not isinstance(self._store, LocalStore)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Fetch these shards (numbers of the split) next, in order, while others are read."""
+        self._cache.prefetch([self.split.shards[index] for index in shards])
 
     def read(self, window: int) -> npt.NDArray[np.int32]:
         """The targets of a window: a model's ids, at most T of them, eos included."""
@@ -135,7 +165,14 @@ class Windows:
             row, start = row + 1, 0
 
     def _open(self, index: int) -> _Mapped:
-        reader = ShardReader(self._corpus, self.split.shards[index], self._dtype)
+        shard = self.split.shards[index]
+        path = self._cache.path(shard)
+        try:
+            reader = ShardReader(path, shard, self._dtype)
+        except BaseException:
+            self._cache.release(shard)
+            raise
+        weakref.finalize(reader, self._cache.release, shard)
         lengths = reader.lengths
         if self._mode == "stream":
             ends_document = np.zeros(len(lengths), np.int64)

@@ -5,6 +5,9 @@ from unittest import mock
 
 import jaxtyping
 
+# Fixtures of every test folder.
+from tests.services import bucket, object_store  # noqa: F401
+
 # Before the first import of `model`.
 jaxtyping.install_import_hook("model", "beartype.beartype")
 

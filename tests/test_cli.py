@@ -112,10 +112,28 @@ def test_password_in_a_url_is_refused_and_not_repeated(workplace, capsys):
     assert "MLFLOW_TRACKING_USERNAME and _PASSWORD" in line
 
 
-def test_unknown_command_and_option_are_usage_errors(capsys):
-    for arguments in (["trian"], ["train"], ["train", "tiny", "--rn", "x"]):
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("trian",), ("'trian'", "`tvq --help`")),
+        (("train",), ("'RECIPE'", "`tvq train --help`")),
+        (("train", "tiny", "--rn", "x"), ("--rn", "--run", "`tvq train --help`")),
+        (("sample", "a", "--tokens", "0"), ("'--tokens': 0", "x>=1", "`tvq sample --help`")),
+        (("evaluate", "a", "--split", "x"), ("'validation', 'test'", "`tvq evaluate --help`")),
+        (("bench", "attentoin"), ("'attention'", "`tvq bench --help`")),
+        (("bench", "train", "--rounds"), ("'--rounds' requires an argument",)),
+    ],
+)
+def test_wrong_usage_is_one_line_that_names_the_help(capsys, arguments, expected):
+    line = mistake(capsys, *arguments)
+    for part in expected:
+        assert part in line
+
+
+def test_without_a_command_there_is_the_help(capsys):
+    for arguments in ([], ["bench"]):
         assert run_cli(arguments) == ExitCode.USER
-        assert "Usage: tvq" in capsys.readouterr().err
+        assert "Examples:" in capsys.readouterr().err
 
 
 def test_every_help_teaches_by_example(capsys):
@@ -146,7 +164,7 @@ def test_recipes_are_printed_for_people_and_scripts(capsys):
 
 
 def test_defect_of_ours_shows_its_traceback(workplace):
-    code = "import jobs.recipe; jobs.recipe.named_recipes = None; from jobs.cli import main; main()"
+    code = "import jobs.recipe_yaml as r; r.named_recipes = None; from jobs.cli import main; main()"
     run = subprocess.run(
         [sys.executable, "-c", code, "recipes"], cwd=workplace, capture_output=True, text=True
     )

@@ -91,7 +91,7 @@ def test_model_imports_jax_and_its_like_and_itself(path: Path):
 @pytest.mark.parametrize("path", sources("pipeline"), ids=name_of)
 def test_pipeline_imports_no_jax_no_tracker_and_none_of_us(path: Path):
     assert not roots(path) & {*HEAVY, "model", "jobs"} - {"ray"}
-    assert "ray" not in roots(path) or path.name == "prepare.py"
+    assert "ray" not in roots(path) or path.name == "ray_tasks.py"
 
 
 @pytest.mark.parametrize("path", sources("jobs"), ids=name_of)

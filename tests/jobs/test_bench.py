@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from jobs import measurement
-from jobs.cli import bench, run_cli
+from jobs.cli import run_cli
+from jobs.cli_bench import bench
 from jobs.console import Console
 from jobs.errors import ExitCode
 from jobs.measurement import Program, Spread, compare

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from jobs import recipe as recipes
 from jobs.errors import ExitCode, UserError
-from jobs.recipe import Recipe, field_reference, from_yaml, load, named_recipes, to_yaml
+from jobs.recipe import Recipe, field_reference, from_yaml, load, to_yaml
+from jobs.recipe_yaml import named_recipes, parse_yaml, stated
 from model.config import PRESETS, ModelConfig
 
 CORE_SCHEMA = [
@@ -62,7 +63,9 @@ BASE = (
 ANOTHER = {
     # Another value for the fields whose default does not suggest one.
     "data.corpus": "a folder/off",
+    "data.mixture": {"a folder": 3, "b": 0.5},
     "data.shuffle_span": 3,
+    "data.cache_bytes": 2**30,
     "model.d_feed_forward": 64,
     "model.n_kv_heads": 2,
     "model.gradient_block": 32,
@@ -86,6 +89,8 @@ OPERATIONAL = {
     "model.remat",
     "model.unrolled_layers",
     "data.corpus",
+    "data.mixture",
+    "data.cache_bytes",
     "training.steps",
     "training.evaluate_every",
     "training.evaluate_windows",
@@ -162,7 +167,7 @@ def unchanged(name: str) -> Recipe:
 
 @pytest.mark.parametrize(("text", "value"), CORE_SCHEMA)
 def test_scalars_have_the_types_of_yaml_1_2(text: str, value: object):
-    parsed = recipes.parse_yaml(f"key: {text}\n", "here")["key"]
+    parsed = parse_yaml(f"key: {text}\n", "here")["key"]
     assert type(parsed) is type(value)
     assert parsed == value
 
@@ -194,11 +199,11 @@ def test_a_text_is_taken_as_it_stands(text: str):
 
 
 def test_what_the_user_states_is_told_from_what_comes_with_tvq(tmp_path: Path):
-    assert recipes.stated("tiny", ("training.seed=1",)) == {"training.seed"}
+    assert stated("tiny", ("training.seed=1",)) == {"training.seed"}
     own = tmp_path / "own.yaml"
     own.write_text("training:\n  batch_size: 4\ndata:\n")
-    assert recipes.stated(str(own), ("model.window=8",)) == {"training.batch_size", "model.window"}
-    assert "model.d_model" in recipes.stated("tiny", ("model.preset=small",))
+    assert stated(str(own), ("model.window=8",)) == {"training.batch_size", "model.window"}
+    assert "model.d_model" in stated("tiny", ("model.preset=small",))
 
 
 def test_stored_mathematics_and_asked_for_operations():

@@ -18,6 +18,7 @@ from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
 from jobs.sample import Sample
 from jobs.trained_model import TrainedModel
+from model import sampling
 from model.config import EOS_ID, N_SPECIAL, ModelConfig
 from model.training import initial_state
 from model.transformer import bind, initial_cache
@@ -102,6 +103,26 @@ def test_a_sample_does_not_depend_on_those_beside_it(command: Command):
     assert len({one.text for one in many}) == 6
     assert command(prompts=["ab"], samples=6) == many
     assert command(prompts=["ab"], samples=6, seed=1) != many
+
+
+def test_a_prompt_is_read_once_for_all_its_samples(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+):
+    """What is read once goes on as if every row had been read by itself."""
+    read, prefill = [], sampling.prefill
+
+    def spy(model, params, codebooks, prompt, capacity):
+        read.append(prompt.shape)
+        return prefill(model, params, codebooks, prompt, capacity)
+
+    monkeypatch.setattr(sampling, "prefill", spy)
+    typed = ["zz", "ab", "ab"]
+    drawn = command(prompts=typed, samples=3)
+    assert read == [(2, 3)]
+    assert len({one.text for one in drawn}) == 9
+    for row in (1, 5, 6):
+        before = ["some other text"] * row
+        assert command(prompts=[*before, typed[row // 3]])[row] == drawn[row]
 
 
 def test_a_text_ends_at_eos(command: Command, capsys: pytest.CaptureFixture[str]):

@@ -83,7 +83,7 @@ def file_of(leaves: dict, *, collection: bool = False) -> bytes:
 def test_golden_checkpoints_give_the_golden_probabilities(name):
     golden = Golden(name)
     data, flags = file_of(golden.leaves("params/")), json.dumps(golden.flags)
-    model, optimizer, network = read_checkpoint(data, flags)
+    model, optimizer, network, _ = read_checkpoint(data, flags)
     assert optimizer is not None
     assert optimizer.weight_decay_form == "unscaled"
 
@@ -109,7 +109,10 @@ def test_golden_checkpoints_give_the_golden_probabilities(name):
 def test_every_number_has_its_place(changes, collection, dtype):
     flags = FLAGS | changes
     leaves = {name: leaf.astype(jnp.dtype(dtype)) for name, leaf in official_leaves(flags).items()}
-    model, _, (params, codebooks) = read_checkpoint(file_of(leaves, collection=collection), flags)
+    model, _, (params, codebooks), updates = read_checkpoint(
+        file_of(leaves, collection=collection), flags
+    )
+    assert updates == 125_000
     leaves = {name: leaf.astype(np.float32) for name, leaf in leaves.items()}
     same = np.testing.assert_array_equal
 
@@ -166,7 +169,7 @@ def test_flags_of_the_published_enwik8_are_the_preset():
 
 def test_what_the_script_does_not_state_or_we_do_not_have():
     unstated = {name: value for name, value in FLAGS.items() if name not in ("n_vocab", "pe_lam")}
-    model, optimizer, _ = read_checkpoint(file_of(official_leaves(FLAGS)), unstated)
+    model, optimizer, *_ = read_checkpoint(file_of(official_leaves(FLAGS)), unstated)
     assert (model.vocab_size, model.position_base) == (11, 1e5)
     assert optimizer is None
     assert read_flags(FLAGS | OPTIMIZER_FLAGS | {"lr_schedule": "inv_sqrt"})[1] is None
@@ -223,7 +226,7 @@ def test_leaves_that_do_not_fit_are_named(changes, message):
     leaves = {path: leaf for path, leaf in leaves.items() if leaf is not None}
     if isinstance(leaf, str):
         data = serialization.msgpack_serialize(
-            {"params": traverse_util.unflatten_dict(leaves, sep="/")}
+            {"step": 1, "params": traverse_util.unflatten_dict(leaves, sep="/")}
         )
     else:
         data = file_of(leaves)
@@ -240,6 +243,11 @@ def test_files_that_are_none():
     for content in (7, [1], {"step": 1}, {"params": 3}, {"params": {"params": 3}}):
         data = serialization.msgpack_serialize(content)
         with pytest.raises(ConfigError, match=r"^official "):
+            read_checkpoint(data, FLAGS)
+    params = traverse_util.unflatten_dict(official_leaves(FLAGS), sep="/")
+    for step in ({}, {"step": -1}, {"step": 1.5}, {"step": "1"}, {"step": np.array([1, 1])}):
+        data = serialization.msgpack_serialize({"params": params, **step})
+        with pytest.raises(ConfigError, match=r"^official checkpoint: step must be .*, got"):
             read_checkpoint(data, FLAGS)
     for flags in ("[]", "7", "{", "null"):
         with pytest.raises(

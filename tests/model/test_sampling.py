@@ -1,6 +1,7 @@
 """Decoding token by token is the forward pass; what is drawn is what was asked for."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import EOS_ID, PAD_ID, UNK_ID, ConfigError
-from model.sampling import Filters, decode, filter_logits, prefill
+from model.sampling import Filters, decode, filter_logits, prefill, take_prompts
 from model.transformer import bind, initial_cache
 from tests.model import toy
 
@@ -94,6 +95,24 @@ def test_a_prompt_is_read_at_once(read, logits_of):
     expected, cache = logits_of(PROMPT, initial_cache(toy.MODEL, 4))
     np.testing.assert_allclose(prefilled.logits, expected[:, -1], atol=1e-5)
     assert prefilled.cache.length == cache.length == 7
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"isolate_documents": True}, {"quantized_keys": False}], ids=str
+)
+def test_prompts_read_once_are_gone_on_from_several_times(changes):
+    """As many rows as there are layers, so that a mistaken axis has the right size."""
+    model = replace(toy.MODEL, **changes)
+    state = toy.state(model)
+    run = jax.jit(functools.partial(prefill, model), static_argnames="capacity")
+    read = functools.partial(run, state.params, state.codebooks, capacity=12)
+    prompts = np.concatenate([PROMPT[:2, :5], [[EOS_ID, 9]] * 2], axis=1).astype(np.int32)
+    which = np.array([1, 0, 1, 1, 0], np.int32)
+    taken = jax.jit(take_prompts)(read(prompts), which)
+    expected = read(prompts[which])
+    assert jax.tree.map(jnp.shape, taken) == jax.tree.map(jnp.shape, expected)
+    for left, right in zip(jax.tree.leaves(taken), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-6)
 
 
 def test_temperature_zero_takes_the_likeliest(draw, logits_of):

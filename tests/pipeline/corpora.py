@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 
 from pipeline.manifest import (
     FORMAT_VERSION,
-    SPLITS,
-    DocumentDigest,
+    FingerprintBuilder,
     Manifest,
     Split,
     TokenizerInfo,
-    split_fingerprint,
 )
 from pipeline.shards import Row, Shard, ShardWriter
+from pipeline.splits import SPLITS
 from pipeline.tokenizers import ByteTokenizer
 
 Documents = Sequence[Sequence[bytes]]
@@ -38,16 +37,16 @@ def write_corpus(corpus: Path, **splits: Sequence[Documents]) -> Manifest:
     """A corpus with the given shards of documents in each split; the other splits are empty."""
     made = {}
     for name in SPLITS:
-        shards, digests = [], []
+        shards, fingerprint, count = [], FingerprintBuilder("uint8"), 0
         for index, documents in enumerate(splits.get(name, ())):
             path = f"shards/test/{name}-{index:05d}.arrow"
-            shards.append(write_shard(corpus, path, documents, len(digests)))
+            shards.append(write_shard(corpus, path, documents, count))
             for document in documents:
                 text = b"".join(document)
-                digest = DocumentDigest(len(text), hashlib.sha256(text).hexdigest())
-                digests.append((f"doc{len(digests)}", digest))
+                fingerprint.add(f"doc{count}", len(text), hashlib.sha256(text).hexdigest())
+                count += 1
         made[name] = Split(
-            split_fingerprint(digests, "uint8"),
+            fingerprint.fingerprint(),
             sum(s.documents for s in shards),
             sum(s.tokens for s in shards),
             sum(s.n_bytes for s in shards),
@@ -55,7 +54,7 @@ def write_corpus(corpus: Path, **splits: Sequence[Documents]) -> Manifest:
             tuple(shards),
         )
     tokenizer = TokenizerInfo("bytes", ByteTokenizer.fingerprint, 259, 3, "uint8")
-    manifest = Manifest(FORMAT_VERSION, "plan", {}, tokenizer, made, (), {}, {})
+    manifest = Manifest(FORMAT_VERSION, "plan", {}, tokenizer, made, (), {}, None, {})
     manifest.save(corpus)
     return manifest
 

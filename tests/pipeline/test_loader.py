@@ -71,6 +71,42 @@ def test_training(tmp_path_factory, shards, T, B, span, start):
 
 
 @given(
+    shards_of_documents,
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.one_of(st.none(), st.integers(1, 3)),
+    st.integers(0, 3),
+)
+def test_every_window_once_an_epoch(tmp_path_factory, shards, T, B, span, epoch):
+    corpus = tmp_path_factory.getbasetemp() / "corpus"
+    write_corpus(corpus, train=shards)
+    ids = stream(shards)
+    windows = [ids[begin : begin + T] for begin in range(0, len(ids), T)]
+    first, end = epoch * len(windows), (epoch + 1) * len(windows)
+    settings: dict[str, Any] = {
+        "sequence_length": T,
+        "batch_size": B,
+        "seed": 3,
+        "shuffle_span": span,
+    }
+    # From the batch in which the epoch begins, maybe in its middle, to that in which it ends.
+    start, stop = first // B, -(-end // B)
+    batches = take(training_batches(corpus, start_batch=start, **settings), stop - start)
+    assert [row for batch in batches for row in batch.rows] == list(range(start * B, stop * B))
+    seen = [
+        batch.targets[r][batch.loss_mask[r]].tolist()
+        for batch in batches
+        for r, row in enumerate(batch.rows.tolist())
+        if first <= row < end
+    ]
+    assert sorted(seen) == sorted(windows)
+    # The batches at both of its borders are the same to whoever starts there.
+    for batch in (start, stop - 1):
+        (alone,) = take(training_batches(corpus, start_batch=batch, **settings), 1)
+        assert same(alone, batches[batch - start])
+
+
+@given(
     st.integers(1, 9),
     st.lists(st.tuples(st.integers(1, 8), st.integers(0, 3)), min_size=1, max_size=4),
     st.randoms(use_true_random=False),

@@ -15,9 +15,11 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import CorpusError
-from pipeline.manifest import Manifest, verify
+from pipeline.manifest import Manifest
+from pipeline.plan import PrepareSettings
 from pipeline.sources import SourceSettings
 from pipeline.tokenizers import make_tokenizer
+from pipeline.verification import verify
 
 pytestmark = pytest.mark.ray
 
@@ -55,26 +57,26 @@ def plant(source: Path) -> None:
         path.write_bytes(text)
 
 
-def settings(source: Path, **changed: Any):
-    from pipeline.prepare import PrepareSettings
-
+def settings(source: Path, **changed: Any) -> PrepareSettings:
     changed.setdefault("shard_bytes", 15_000)
     return PrepareSettings(SourceSettings((str(source),)), **changed)
 
 
 def files(folder: Path) -> dict[str, bytes]:
+    """What is in a corpus, but for the listing of its sources, which knows time."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != "listing.json"
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def prepare(ray_local):
     from pipeline.prepare import prepare
+    from pipeline.ray_tasks import run_tasks
 
-    return prepare
+    return lambda settings, output, *progress: prepare(settings, output, run_tasks, *progress)
 
 
 @pytest.fixture
@@ -84,10 +86,8 @@ def source(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clean(ray_local, tmp_path_factory) -> tuple[Path, Path]:
+def clean(prepare, tmp_path_factory) -> tuple[Path, Path]:
     """(source, corpus) of an undisturbed run on both CPUs."""
-    from pipeline.prepare import prepare
-
     folder = tmp_path_factory.mktemp("clean")
     plant(folder / "source")
     assert not prepare(settings(folder / "source"), folder / "corpus").reused
@@ -120,11 +120,18 @@ def test_plain_arrow_reads_what_was_in_the_files(clean):
         assert split["tokens"] == split["n_bytes"] == sum(len(texts[i]) for i in ids)
         assert split["n_words"] == words
     dropped = {"empty": ["leer.txt"], "binary": ["nul.txt"], "duplicate": ["the copy.txt"]}
-    assert manifest["drops"] == dropped
-    assert texts == {k: v for k, v in TEXTS.items() if [k] not in dropped.values()}
-    assert {s["id"]: (s["size"], s["sha256"]) for s in manifest["sources"]} == {
-        k: (len(v), hashlib.sha256(v).hexdigest()) for k, v in TEXTS.items()
+    assert manifest["drops"] == {
+        reason: {"count": len(ids), "examples": ids} for reason, ids in dropped.items()
     }
+    assert texts == {k: v for k, v in TEXTS.items() if [k] not in dropped.values()}
+    records = {}
+    for file in manifest["increments"][0]["records"]:
+        for row in pa.ipc.open_file(str(corpus / file["path"])).read_all().to_pylist():
+            assert (row["file"], row["row"]) == (row["doc_id"], -1)
+            records[row["file"]] = (row["n_bytes"], row["sha256"])
+            assert (row["split"] == "") == (row["reason"] != "")
+            assert row["reason"] == "".join(r for r, ids in dropped.items() if row["file"] in ids)
+    assert records == {k: (len(v), hashlib.sha256(v).digest()) for k, v in TEXTS.items()}
     info = Manifest.load(corpus).tokenizer
     assert make_tokenizer(info.kind, info.fingerprint).vocab_size == info.vocab_size == 259
     assert verify(corpus).shards == sum(len(s["shards"]) for s in manifest["splits"].values()) > 30
@@ -152,8 +159,10 @@ import ray
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
          object_store_memory=100 * 2**20, _node_ip_address="127.0.0.1", _temp_dir=sys.argv[3])
 from pipeline.prepare import PrepareSettings, prepare
+from pipeline.ray_tasks import run_tasks
 from pipeline.sources import SourceSettings
-prepare(PrepareSettings(SourceSettings((sys.argv[1],)), shard_bytes=15_000), Path(sys.argv[2]))
+settings = PrepareSettings(SourceSettings((sys.argv[1],)), shard_bytes=15_000)
+prepare(settings, Path(sys.argv[2]), run_tasks)
 """
 
 
@@ -207,8 +216,8 @@ def test_progress_is_told(source, prepare, tmp_path):
     for stage in ("scan", "write"):
         steps = [p for p in told if p.stage == stage]
         assert [p.done for p in steps] == list(range(steps[0].total + 1))
-        assert (steps[0].documents, steps[0].n_bytes) == (0, 0)
-        assert (steps[-1].documents, steps[-1].n_bytes) == total
+        assert (steps[0].records, steps[0].n_bytes) == (0, 0)
+        assert (steps[-1].records, steps[-1].n_bytes) == total
     assert context.enable_progress_bars == before
 
 
@@ -226,8 +235,7 @@ def test_other_settings_replace_the_corpus_at_the_end(source, prepare, tmp_path)
     for name, split in new.splits.items():
         assert split.fingerprint == old.splits[name].fingerprint
         assert len(split.shards) < len(old.splits[name].shards)
-    named = {shard.path for split in new.splits.values() for shard in split.shards}
-    assert set(files(corpus)) == named | {"manifest.json", ".tvq-corpus"}
+    assert set(files(corpus)) == {*new.files, "manifest.json", ".tvq-corpus"}
     (source / "crlf.txt").write_bytes(b"changed")
     changed = prepare(settings(source, shard_bytes=60_000), corpus)
     assert not changed.reused
@@ -259,14 +267,13 @@ def test_a_file_that_changes_meanwhile_is_refused(source, prepare, tmp_path):
     corpus = tmp_path / "corpus"
     prepare(settings(source), corpus)
     before = files(corpus)
-    (source / "new.txt").write_bytes(b"makes another plan")
 
     def disturb(progress):
         if progress.stage == "write" and progress.done == 0:
             (source / "crlf.txt").write_bytes(b"oNe\r\ntwo\r\n")
 
     with pytest.raises(CorpusError, match=r"my texts/crlf\.txt: changed while it was being prep"):
-        prepare(settings(source), corpus, disturb)
+        prepare(settings(source, shard_bytes=10**5), corpus, disturb)
     after = files(corpus)
     assert before.items() <= after.items()  # the old corpus is untouched
     assert not any(name.endswith(".tmp") for name in after)
@@ -321,10 +328,10 @@ def test_a_folder_that_is_not_ours_is_left_alone(source, clean, prepare, tmp_pat
     newer = tmp_path / "newer"
     newer.mkdir()
     value = json.loads((clean[1] / "manifest.json").read_text())
-    (newer / "manifest.json").write_text(json.dumps(value | {"format_version": 2}))
+    (newer / "manifest.json").write_text(json.dumps(value | {"format_version": 3}))
     (newer / ".tvq-corpus").touch()
     before = files(newer)
-    with pytest.raises(CorpusError, match="in format 2 by a newer tvq"):
+    with pytest.raises(CorpusError, match="in format 3 by a newer tvq"):
         prepare(settings(source), newer)
     assert files(newer) == before
 
@@ -334,7 +341,7 @@ def test_an_empty_folder_and_one_inside_the_source_are_fine(source, prepare):
     first = prepare(settings(source), source / "corpus")
     second = prepare(settings(source), source / "corpus")
     assert second.reused
-    assert len(first.manifest.sources) == len(TEXTS)
+    assert sum(f.records for f in first.manifest.increments[0].records) == len(TEXTS)
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,12 @@
-"""Which files are documents, under which ids, and how long ones are cut."""
+"""Which files are found, under which ids, on this machine and by patterns."""
 
-import itertools
 import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipeline.errors import CorpusError
-from pipeline.sources import (
-    SourceSettings,
-    list_documents,
-    read_blocks,
-    read_parts,
-    standard_library,
-)
+from pipeline.sources import SourceSettings, list_files, standard_library
 
 
 def plant(root: Path, *names: str) -> None:
@@ -26,7 +17,7 @@ def plant(root: Path, *names: str) -> None:
 
 
 def ids(*paths: Path, **settings: tuple[str, ...]) -> list[str]:
-    found = list_documents(SourceSettings(tuple(map(str, paths)), **settings))
+    found = list_files(SourceSettings(tuple(map(str, paths)), **settings))
     return [document.id for document in found]
 
 
@@ -119,36 +110,27 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path):
 
 
 def test_the_standard_library_is_real_text():
-    found = list_documents(standard_library())
+    found = list_files(standard_library())
     assert {"json/decoder.py", "os.py"} <= {document.id for document in found}
     assert not any("/test/" in f"/{d.id}" or "site-packages" in d.id for d in found)
     assert len(found) > 300
 
 
-@given(st.text("ab\né漢😀 ", max_size=60), st.integers(4, 20))
-def test_parts_of_text(tmp_path_factory, text, limit):
-    parts = read(tmp_path_factory, text.encode(), limit)
-    assert b"".join(parts) == text.encode()
-    for part, following in itertools.pairwise(parts):
-        part.decode()  # a part ends between two characters
-        assert len(part) <= limit
-        if not part.endswith(b"\n"):  # only where no newline would fit, and then as late as it can
-            assert b"\n" not in part
-            assert len(part) + len(following.decode()[0].encode()) > limit
-        elif len(following) < limit:  # the last newline that fits
-            fits = (part + following)[:limit]
-            assert fits.rfind(b"\n") + 1 == len(part)
+def test_a_path_may_be_a_pattern(tmp_path):
+    plant(tmp_path, *TREE)
+    found = list_files(SourceSettings((f"{tmp_path}/d/**/*.txt", f"{tmp_path}/[[]x].md")))
+    expected = {path.relative_to(tmp_path / "d").as_posix() for path in tmp_path.glob("d/**/*.txt")}
+    assert expected
+    assert {file.id for file in found} == expected | {"[x].md"}
+    assert ids(tmp_path / "[x].md") == ["[x].md"]  # a file of that very name is no pattern
+    with pytest.raises(CorpusError, match=r"no file matches in .*/\*\.nothing"):
+        ids(tmp_path / "*.nothing")
 
 
-@given(st.binary(max_size=60), st.integers(1, 20))
-def test_parts_of_any_bytes(tmp_path_factory, data, limit):
-    parts = read(tmp_path_factory, data, limit)
-    assert b"".join(parts) == data
-    assert all(0 < len(part) <= limit for part in parts)
-
-
-def read(tmp_path_factory, data: bytes, limit: int) -> list[bytes]:
-    path = tmp_path_factory.getbasetemp() / "document"
-    path.write_bytes(data)
-    assert b"".join(read_blocks(str(path), limit)) == data
-    return list(read_parts(str(path), limit))
+def test_a_file_that_was_touched_has_another_version(tmp_path):
+    plant(tmp_path, "a.txt", "b.txt")
+    before = {file.id: file.version for file in list_files(SourceSettings((str(tmp_path),)))}
+    (tmp_path / "a.txt").write_bytes(b"A.txt")
+    after = {file.id: file.version for file in list_files(SourceSettings((str(tmp_path),)))}
+    assert before["a.txt"] != after["a.txt"]
+    assert before["b.txt"] == after["b.txt"]

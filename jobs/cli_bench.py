@@ -1,0 +1,122 @@
+"""The `tvq bench` commands: how fast it is here."""
+
+from typing import Any
+
+import click
+
+from jobs.cli_options import OrderedGroup, console, json_option
+
+
+@click.group(
+    cls=OrderedGroup,
+    epilog="""\b
+Examples:
+  tvq bench train small
+  tvq bench attention small
+  tvq bench decode small""",
+)
+def bench() -> None:
+    """Time the forms of attention against each other, and tokens far on against early ones."""
+
+
+def _bench_options(command: Any) -> Any:
+    options = (
+        click.argument("name", metavar="[RECIPE]", default="small"),
+        click.argument("overrides", nargs=-1),
+        click.option(
+            "--lengths", default="2048,8192,32768", show_default=True, help="Tokens of a row (T)."
+        ),
+        click.option(
+            "--forms",
+            default="serial,parallel,dense,full-chunked,full-dense",
+            show_default=True,
+            help="Forms of attention; the others are compared with the first. full-: over keys that"
+            " are not quantised.",
+        ),
+        click.option("--rounds", type=click.IntRange(1), default=5, show_default=True),
+        click.option(
+            "--seconds", type=click.FloatRange(0), default=0.5, show_default=True,
+            help="Repeat a program in a round for so long.",
+        ),
+        click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True),
+        json_option,
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@bench.command(
+    name="attention",
+    epilog="""\b
+Examples:
+  tvq bench attention
+  tvq bench attention small --lengths 2048,8192 --forms serial,full-chunked
+  tvq bench attention small model.block_length=128 --json""",
+)
+@_bench_options
+def bench_attention(as_json: bool, **options: Any) -> None:
+    """Time one layer of a model, forward and backward.
+
+    A figure is the median of the rounds, in which all forms take turns. OVERRIDES are
+    section.field=value.
+    """
+    from jobs.bench import bench_command
+
+    bench_command("attention", console=console(as_json), as_json=as_json, **options)
+
+
+@bench.command(
+    name="train",
+    epilog="""\b
+Examples:
+  tvq bench train
+  tvq bench train small --lengths 131072 --forms serial,parallel
+  tvq bench train small --lengths 8192 --update-length 2048 model.block_length=128 --json""",
+)
+@_bench_options
+@click.option("--update-length", type=click.IntRange(1), help="Tokens of an update; default: T.")
+def bench_train(as_json: bool, **options: Any) -> None:
+    """Time a training step of a whole model: forward, backward, optimizer.
+
+    A figure is the median of the rounds, in which all forms take turns. OVERRIDES are
+    section.field=value.
+    """
+    from jobs.bench import bench_command
+
+    bench_command("train", console=console(as_json), as_json=as_json, **options)
+
+
+@bench.command(
+    name="decode",
+    epilog="""\b
+Examples:
+  tvq bench decode
+  tvq bench decode small --positions 1000,100000,1000000 --rounds 20
+  tvq bench decode small model.quantized_keys=false --json""",
+)
+@click.argument("name", metavar="[RECIPE]", default="small")
+@click.argument("overrides", nargs=-1)
+@click.option(
+    "--positions", default="1000,100000", show_default=True,
+    help="Tokens before those that are timed; the others are compared with the first.",
+)  # fmt: skip
+@click.option(
+    "--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens of a call."
+)
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True)
+@click.option(
+    "--seconds", type=click.FloatRange(0), default=0.5, show_default=True,
+    help="Repeat a position's calls in a round for so long.",
+)  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
+@json_option
+def bench_decode(as_json: bool, **options: Any) -> None:
+    """Time a token that a model writes, at several positions, with one executable for all.
+
+    A figure is the median of the rounds, in which all positions take turns. OVERRIDES are
+    section.field=value.
+    """
+    from jobs.bench_decode import decode_command
+
+    decode_command(console=console(as_json), as_json=as_json, **options)

@@ -1,0 +1,40 @@
+"""What several commands of `tvq` share: options, and the console they print to."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from jobs.console import Console
+
+ROOT_HELP = "Folder of the runs, with the MLflow store beside them (or set TVQ_ROOT)."
+
+
+class OrderedGroup(click.Group):
+    """Lists its commands in the order in which a user needs them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def root_option(command: Any) -> Any:
+    """--root: where the runs are."""
+    return click.option(
+        "--root",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=Path("runs"),
+        show_default=True,
+        envvar="TVQ_ROOT",
+        help=ROOT_HELP,
+    )(command)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def console(quiet: bool = False) -> "Console":
+    """The console of this command; `quiet` besides what the user asked for."""
+    from jobs.console import Console
+
+    return Console(quiet=quiet or click.get_current_context().obj["quiet"])

@@ -1,0 +1,117 @@
+"""The gradients of an update from micro-batches, one after the other: those of all rows at once, in
+the memory that a micro-batch takes.
+
+A micro-batches of b rows, B = A b rows of the batch, U tokens of an update, C candidates.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from model.config import ModelConfig
+from model.layers import Randomness
+from model.objective import Objective, objective
+from model.quantizer import Candidates, CodeStatistics
+from model.transformer import Cache, initial_cache
+
+
+class MicroBatches(NamedTuple):
+    """An update's tokens, a micro-batch a row of the first axis."""
+
+    inputs: Int[Array, "A b U"]
+    targets: Int[Array, "A b U"]
+    loss_mask: Bool[Array, "A b U"]
+
+
+def split_rows(array: Shaped[Array, "B ..."], n_parts: int) -> Shaped[Array, "A b ..."]:
+    """Rows a, a + A, a + 2A and so on to part a: a device, which holds neighbouring rows, has its
+    share of every part, so that none is moved."""
+    parts = array.reshape(len(array) // n_parts, n_parts, *array.shape[1:])
+    return jnp.moveaxis(parts, 1, 0)
+
+
+def initial_caches(model: ModelConfig, rows: int, n_tokens: int, n_parts: int) -> Cache:
+    """The empty cache of each micro-batch, stacked on the first axis."""
+    cache = initial_cache(model, rows // n_parts, n_tokens)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n_parts, *leaf.shape)), cache)
+
+
+def accumulated_gradients(
+    model: ModelConfig,
+    params: dict,
+    codebooks: dict,
+    caches: Cache,
+    batch: MicroBatches,
+    divisor: Float[Array, ""],
+    randomness: Randomness,
+) -> tuple[dict, Objective]:
+    """Gradients of the objective over all rows, and its parts: sums over the micro-batches, but for
+    the caches, stacked as they came.
+
+    Args:
+        model, params, codebooks: the network.
+        caches: of each micro-batch, on the first axis.
+        batch: its tokens.
+        divisor: of the losses of the whole batch.
+        randomness: of the update, with `rows` [A, b].
+    """
+    n_parts = len(batch.inputs)
+    differentiate = jax.value_and_grad(functools.partial(objective, config=model), has_aux=True)
+
+    def one(part: tuple[Cache, MicroBatches, Array]) -> tuple[dict, Objective]:
+        cache, tokens, rows = part
+        (_, parts), gradients = differentiate(
+            params, codebooks, cache, *tokens, divisor, randomness._replace(rows=rows)
+        )
+        return gradients, parts
+
+    parts = (caches, batch, randomness.rows)
+    if n_parts == 1:  # no loop around a single pass: it would cost a copy of the gradients
+        gradients, sums = one(jax.tree.map(lambda leaf: leaf[0], parts))
+        return gradients, sums._replace(cache=jax.tree.map(lambda leaf: leaf[None], sums.cache))
+
+    def add(total: tuple[dict, Objective], part: tuple) -> tuple[tuple[dict, Objective], Cache]:
+        gradients, sums = one(part)
+        sums, cache = sums._replace(cache=None), sums.cache
+        return jax.tree.map(
+            lambda ours, theirs: merge_candidates(ours, theirs)
+            if isinstance(ours, Candidates)
+            else ours + theirs,
+            total,
+            (gradients, sums),
+            is_leaf=lambda node: isinstance(node, Candidates),
+        ), cache
+
+    shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], parts))
+    gradients, sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    statistics: CodeStatistics | None = sums.statistics
+    if statistics is not None and statistics.candidates is not None:
+        room = min(model.n_codes, batch.inputs.size)
+        statistics = statistics._replace(candidates=no_candidates(statistics.candidates, room))
+    begin = (gradients, sums._replace(cache=None, statistics=statistics))
+    (gradients, sums), caches = lax.scan(add, begin, parts)
+    return gradients, sums._replace(cache=caches)
+
+
+def no_candidates(like: Candidates, room: int) -> Candidates:
+    """None yet, with room for that many; other axes as in `like`, arrays or their shapes."""
+    *before, _, width = like.keys.shape
+    *outer, _ = like.priorities.shape
+    return Candidates(
+        jnp.zeros((*before, room, width), like.keys.dtype),
+        jnp.zeros((*outer, room), like.priorities.dtype),
+    )
+
+
+def merge_candidates(ours: Candidates, theirs: Candidates) -> Candidates:
+    """Those of highest priority among both, as many as `ours` has room for."""
+    room = ours.priorities.shape[-1]
+    priorities = jnp.concatenate([ours.priorities, theirs.priorities], axis=-1)
+    keys = jnp.concatenate([ours.keys, theirs.keys], axis=-2)
+    priorities, index = lax.top_k(priorities, room)
+    # The same tokens for all heads of a layer.
+    return Candidates(jnp.take_along_axis(keys, index[..., None, :, None], axis=-2), priorities)

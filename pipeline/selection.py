@@ -1,0 +1,155 @@
+"""Between the passes: which records become documents of which split, and why the others do not.
+
+One letter a record, so that the decisions of a corpus of a hundred million documents fit in
+memory; the records themselves are read range by range.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import records
+from pipeline.errors import CorpusError
+from pipeline.filters import DUPLICATE, ExactDuplicates
+from pipeline.near_duplicates import NearDuplicates, NearDuplicateSettings
+from pipeline.splits import SPLITS, assign_splits, place
+
+NEAR_DUPLICATE = "near duplicate"
+"""The document is much like one that was kept."""
+FROZEN = "held-out splits are frozen"
+"""The file names a held-out split of a corpus whose held-out splits were drawn before."""
+
+_REJECTED, _DUPLICATE, _NEAR, _FROZEN = b".dnf"
+LETTERS = b"tve"
+"""The letter of each of `SPLITS`."""
+TRAIN = LETTERS[0]
+REASONS = {_DUPLICATE: DUPLICATE, _NEAR: NEAR_DUPLICATE, _FROZEN: FROZEN}
+"""Why a record of such a letter is dropped; that of other letters pass 1 has found."""
+
+
+class Scans(NamedTuple):
+    """The results of pass 1 for a run of ranges."""
+
+    n_ranges: int
+    read: Callable[[int], pa.Table]
+    """The records of a range."""
+    first_rows: list[list[int]]
+    """For each range and piece the number of records of its file that come before."""
+
+
+class Seen:
+    """The contents that are in the corpus already: what would be a duplicate."""
+
+    def __init__(self, near: NearDuplicateSettings | None) -> None:
+        self._exact = ExactDuplicates()
+        self._near = NearDuplicates(near) if near else None
+        self._count = 0
+
+    def judge(self, sha256: bytes, signature: bytes | None) -> int | None:
+        """The letter of a duplicate; none for a new content, which counts as seen from now on."""
+        if self._exact.is_duplicate(sha256):
+            return _DUPLICATE
+        if self._near is not None and signature is not None:
+            values = np.frombuffer(signature, np.uint32)
+            if self._near.first_similar(values) is not None:
+                return _NEAR
+            self._near.add(self._count, values)
+            self._count += 1
+        return None
+
+    def add(self, table: pa.Table) -> None:
+        """Take in the documents of a corpus that is there."""
+        kept = [split != "" for split in table.column("split").to_pylist()]
+        for is_kept, sha256, signature in zip(
+            kept, table.column("sha256").to_pylist(), signatures(table), strict=True
+        ):
+            if is_kept:
+                self.judge(sha256, signature)
+
+
+def signatures(table: pa.Table) -> Sequence[bytes | None]:
+    """The near-duplicate signature of each record, where there are any."""
+    if "signature" not in table.column_names:
+        return [None] * len(table)
+    return table.column("signature").to_pylist()
+
+
+def first_rows(
+    scans: Callable[[int], pa.Table], pieces: Sequence[Sequence[str]]
+) -> list[list[int]]:
+    """For each range and piece, how many records of its file come before it.
+
+    `pieces` has for each range the file ids of its pieces.
+    """
+    before: dict[str, int] = {}
+    firsts = []
+    for index, files in enumerate(pieces):
+        counts = np.bincount(scans(index).column("piece").to_numpy(), minlength=len(files))
+        firsts.append([])
+        for file, count in zip(files, counts.tolist(), strict=True):
+            firsts[-1].append(before.get(file, 0))
+            before[file] = firsts[-1][-1] + count
+    return firsts
+
+
+def select(
+    scans: Scans, seen: Seen, validation: float, test: float, *, frozen: bool
+) -> list[bytes]:
+    """Decide on each record; returns its letters [records] for each range.
+
+    Of documents with one content the first stays, those that the corpus itself names for a
+    held-out split before others: so none that is held out is trained on. Then splits are drawn;
+    with `frozen` they were drawn before, and every document trains. Raises `CorpusError` if too
+    few documents are left.
+    """
+    letters = [
+        bytearray(
+            _REJECTED if reason else 0 for reason in scans.read(i).column("reason").to_pylist()
+        )
+        for i in range(scans.n_ranges)
+    ]
+    for turn in ({"test"}, {"validation"}, {"train", ""}):
+        for index in range(scans.n_ranges):
+            _judge(scans.read(index), letters[index], seen, turn, frozen)
+    if frozen:
+        return [bytes(range_).replace(b"\0", b"t") for range_ in letters]
+    _draw(scans, letters, validation, test)
+    if not any(TRAIN in range_ for range_ in letters):
+        raise CorpusError("no document is left to train on after filtering: add documents")
+    return [bytes(range_) for range_ in letters]
+
+
+def _judge(table: pa.Table, letters: bytearray, seen: Seen, named: set[str], frozen: bool) -> None:
+    """Find the duplicates among the records whose file names one of these splits."""
+    splits = table.column("named_split").to_pylist()
+    if named.isdisjoint(splits):
+        return
+    contents = zip(table.column("sha256").to_pylist(), signatures(table), strict=True)
+    for at, (split, (sha256, signature)) in enumerate(zip(splits, contents, strict=True)):
+        if letters[at] or split not in named:
+            continue
+        if frozen and split in ("test", "validation"):
+            letters[at] = _FROZEN
+        elif letter := seen.judge(sha256, signature):
+            letters[at] = letter
+        elif split:
+            letters[at] = LETTERS[SPLITS.index(split)]
+
+
+def _draw(scans: Scans, letters: list[bytearray], validation: float, test: float) -> None:
+    """Draw the split of each document that nothing names one for."""
+    places = []
+    for index in range(scans.n_ranges):
+        if 0 in letters[index]:
+            ids = records.document_ids(scans.read(index), scans.first_rows[index])
+            places += [place(ids[at]) for at, letter in enumerate(letters[index]) if not letter]
+    named = {letter for range_ in letters for letter in range_} & {*LETTERS}
+    if named and not places:
+        return
+    splits = iter(assign_splits(np.array(places), validation, test).tolist())
+    for range_ in letters:
+        for at, letter in enumerate(range_):
+            if not letter:
+                range_[at] = LETTERS[next(splits)]

@@ -1,0 +1,277 @@
+"""Pass 2 of `prepare`, for one range: read its documents again and write its shards.
+
+Beside the shards lies what became of each record (`records`), and the range's *sidecar* finishes
+it. The other readers of a range's documents are here too: what a tokenizer is trained on, and
+what the held-out splits say.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline import records
+from pipeline.contamination import ContaminationSettings, HeldOutIndex, held_out_hashes
+from pipeline.errors import CorpusError
+from pipeline.formats import Content
+from pipeline.manifest import RecordsFile, shard_from_json
+from pipeline.normalization import normalize
+from pipeline.parts import WordCounter, cut_parts
+from pipeline.ranges import Range, read_range
+from pipeline.scanning import ScanSettings, read_scan
+from pipeline.selection import LETTERS, REASONS
+from pipeline.shards import Row, Shard, ShardWriter, check_length
+from pipeline.splits import SPLITS
+from pipeline.storage import open_store
+from pipeline.tokenizers import Tokenizer, make_tokenizer
+
+CONTAMINATED = "contaminated"
+"""A training document repeats what a held-out one says."""
+
+
+class RangeTask(NamedTuple):
+    """A range with what was decided on its records."""
+
+    corpus: str
+    number: int
+    """In the plan."""
+    range_: Range
+    settings: ScanSettings
+    scan: str
+    """Where the result of pass 1 lies."""
+    first_rows: list[int]
+    letters: bytes
+
+
+class TokenizerFile(NamedTuple):
+    """A tokenizer as a task makes it."""
+
+    kind: str
+    model: str | None
+    """Where its file lies in the corpus."""
+
+    def make(self, corpus: str) -> Tokenizer:
+        model = None if self.model is None else open_store(corpus).read(self.model)
+        return make_tokenizer(self.kind, model=model)
+
+
+class Finished(NamedTuple):
+    """A range that pass 2 has written."""
+
+    shards: dict[str, Shard]
+    """By split; a split without documents has none."""
+    records: RecordsFile
+
+
+class Kept(NamedTuple):
+    """A document of a range, to be read while it is current."""
+
+    at: int
+    """Its number among the range's records."""
+    id: str
+    split: str
+    blocks: Iterator[bytes]
+    """Its normalised content."""
+    digest: "hashlib._Hash"
+    """The SHA-256 of the blocks that were read."""
+
+
+def documents(task: RangeTask, scanned: pa.Table) -> Iterator[Kept]:
+    """The documents that were kept, in order; each is refused if it is not what was scanned.
+
+    Raises `CorpusError` naming the file that changed meanwhile.
+    """
+    ids = records.document_ids(scanned, task.first_rows)
+    names = ("file", "row", "sha256")
+    expected = list(zip(*(scanned.column(name).to_pylist() for name in names), strict=True))
+    at, path = -1, task.range_.pieces[-1].file.path
+    for at, (_, file, row, item) in enumerate(read_range(task.range_, task.settings.format)):
+        path = file.path
+        if at >= len(expected) or expected[at][:2] != (file.id, row):
+            break
+        if task.letters[at] not in LETTERS:
+            for _ in item.blocks if isinstance(item, Content) else ():
+                pass
+            continue
+        if not isinstance(item, Content):
+            break
+        digest = hashlib.sha256()
+        blocks = _hashed(normalize(item.blocks, task.settings.normalization), digest)
+        yield Kept(at, ids[at], SPLITS[LETTERS.index(task.letters[at])], blocks, digest)
+        for _ in blocks:  # what the reader did not want
+            pass
+        if digest.digest() != expected[at][2]:
+            break
+    else:
+        if at + 1 == len(expected):
+            return
+    raise CorpusError(f"{path}: changed while it was being prepared; run prepare again")
+
+
+def write_range(
+    task: RangeTask,
+    folder: str,
+    tokenizer_file: TokenizerFile,
+    held_out: str | None,
+    contamination: ContaminationSettings | None,
+) -> Finished:
+    """Write the shards of a range, what became of its records, and its sidecar.
+
+    Runs in a Ray task, but needs no Ray. Raises `CorpusError` if a document is not what was
+    scanned; then no shard of the range appears under its name without having been whole.
+    """
+    store = open_store(task.corpus)
+    scanned = finished_scan(task)
+    tokenizer = tokenizer_file.make(task.corpus)
+    index = None
+    if held_out and contamination:
+        with store.open(held_out) as file:
+            index = HeldOutIndex.load(file, contamination)
+    fates = _Fates(task, scanned)
+    writers: dict[str, ShardWriter] = {}
+    try:
+        for document in documents(task, scanned):
+            parts = cut_parts(document.blocks)
+            if index is not None and contamination and document.split == "train":
+                parts = list(parts)  # it is read twice
+                if index.overlap(parts).share >= contamination.share:
+                    fates.drop(document.at, CONTAMINATED)
+                    continue
+            if document.split not in writers:
+                path = f"{folder}/{document.split}-{task.number:05d}.arrow"
+                writers[document.split] = ShardWriter(task.corpus, path, tokenizer.dtype)
+            fates.keep(
+                document, *_write_document(document, parts, tokenizer, writers[document.split])
+            )
+        shards = {split: writer.finish() for split, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.abort()
+    data = records.to_bytes(fates.table())
+    name = f"{folder}/records-{task.number:05d}.arrow"
+    store.write(name, data)
+    described = RecordsFile(
+        name,
+        len(scanned),
+        records.content_digest(scanned),
+        len(data),
+        hashlib.sha256(data).hexdigest(),
+    )
+    finished = Finished(shards, described)
+    store.write(_sidecar(folder, task.number), _to_json(finished))
+    return finished
+
+
+def sample_range(task: RangeTask, wanted: set[str]) -> list[bytes]:
+    """The wanted documents of a range, for a tokenizer to be trained on."""
+    kept = documents(task, finished_scan(task))
+    return [b"".join(document.blocks) for document in kept if document.id in wanted]
+
+
+def held_out_range(
+    task: RangeTask, settings: ContaminationSettings
+) -> list[npt.NDArray[np.uint64]]:
+    """What the index needs of each held-out document of a range, in order."""
+    return [
+        held_out_hashes(document.blocks, settings)
+        for document in documents(task, finished_scan(task))
+        if document.split != "train"
+    ]
+
+
+def finished_scan(task: RangeTask) -> pa.Table:
+    """The result of pass 1, which must be there."""
+    scanned = read_scan(task.corpus, task.scan)
+    if scanned is None:
+        raise CorpusError(f"{task.corpus}: {task.scan} has disappeared; run prepare again")
+    return scanned
+
+
+def read_sidecar(corpus: str, folder: str, index: int) -> Finished | None:
+    """What a range's sidecar says, if it is there and its files are whole."""
+    store = open_store(corpus)
+    try:
+        value = json.loads(store.read(_sidecar(folder, index)))
+        shards = {split: shard_from_json(shard) for split, shard in value["shards"].items()}
+        finished = Finished(shards, RecordsFile(**value["records"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return finished if is_whole(corpus, finished) else None
+
+
+def is_whole(corpus: str, finished: Finished) -> bool:
+    """Whether the files of a range are there, as long as they should be."""
+    store = open_store(corpus)
+    try:
+        for shard in finished.shards.values():
+            check_length(corpus, shard)
+        return store.size(finished.records.path) == finished.records.length
+    except (FileNotFoundError, CorpusError):
+        return False
+
+
+class _Fates:
+    """What becomes of each record of a range."""
+
+    def __init__(self, task: RangeTask, scanned: pa.Table) -> None:
+        self._scanned = scanned
+        self._ids = records.document_ids(scanned, task.first_rows)
+        pairs = zip(scanned.column("reason").to_pylist(), task.letters, strict=True)
+        self._reasons = [reason or REASONS.get(letter, "") for reason, letter in pairs]
+        self._splits = [""] * len(scanned)
+        self._tokens = [0] * len(scanned)
+        self._digests = [records.NOTHING] * len(scanned)
+
+    def drop(self, at: int, reason: str) -> None:
+        self._reasons[at] = reason
+
+    def keep(self, document: Kept, tokens: int, digest: bytes) -> None:
+        self._splits[document.at] = document.split
+        self._tokens[document.at], self._digests[document.at] = tokens, digest
+
+    def table(self) -> pa.Table:
+        return records.with_fates(
+            self._scanned,
+            reason=self._reasons,
+            doc_id=self._ids,
+            split=self._splits,
+            tokens=self._tokens,
+            tokens_sha256=self._digests,
+        )
+
+
+def _write_document(
+    document: Kept, parts: Iterable[bytes], tokenizer: Tokenizer, writer: ShardWriter
+) -> tuple[int, bytes]:
+    """Write a document's rows; returns how many tokens it has, and the hash of them."""
+    digest, count, words = hashlib.sha256(), 0, WordCounter()
+    for part, text in enumerate(parts):
+        tokens = tokenizer.encode(text)
+        if not tokenizer.stores_bytes:  # else it is the hash of the text, which is made anyway
+            digest.update(np.ascontiguousarray(tokens, tokens.dtype.newbyteorder("<")).data)
+        count += len(tokens)
+        writer.append(Row(document.id, part, tokens, len(text), words.count(text)))
+    return count, (document.digest if tokenizer.stores_bytes else digest).digest()
+
+
+def _hashed(blocks: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
+    for block in blocks:
+        digest.update(block)
+        yield block
+
+
+def _sidecar(folder: str, index: int) -> str:
+    return f"{folder}/range-{index:05d}.json"
+
+
+def _to_json(finished: Finished) -> bytes:
+    value = {
+        "shards": {split: dataclasses.asdict(shard) for split, shard in finished.shards.items()},
+        "records": dataclasses.asdict(finished.records),
+    }
+    return (json.dumps(value, sort_keys=True) + "\n").encode()

@@ -1,0 +1,93 @@
+"""Which records become documents of which split, against a plain reading of the rules."""
+
+import hashlib
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import records
+from pipeline.selection import LETTERS, Scans, Seen, first_rows, select
+from pipeline.splits import SPLITS
+
+record = st.tuples(
+    st.sampled_from("abcdefghijklmnop"),  # its content
+    st.sampled_from(["", "", "", "train", "validation", "test"]),  # the split that its file names
+    st.booleans() | st.just(True),  # whether it is any good
+)
+ranges_of_records = st.lists(st.lists(record, min_size=1, max_size=8), min_size=1, max_size=4)
+
+
+def scans(ranges) -> Scans:
+    """One file a range, each record a row of it."""
+    tables = []
+    for number, range_ in enumerate(ranges):
+        rows = [
+            {
+                "file": f"{number}",
+                "piece": 0,
+                "row": row,
+                "name": "",
+                "named_split": split,
+                "n_bytes": 1,
+                "sha256": hashlib.sha256(content.encode()).digest(),
+                "reason": "" if good else "bad",
+            }
+            for row, (content, split, good) in enumerate(range_)
+        ]
+        tables.append(records.table(rows, records.scan_schema(0)))
+    firsts = first_rows(tables.__getitem__, [[f"{n}"] for n in range(len(ranges))])
+    return Scans(len(ranges), tables.__getitem__, firsts)
+
+
+def by_the_rules(ranges, kept: set[str]) -> list[tuple[str, str]]:
+    """For each record in order its content and what becomes of it; "?" where a draw decides."""
+    turns = ("test", "validation", "train", "")
+    flat = [r for range_ in ranges for r in range_]
+    fate = ["."] * len(flat)
+    for turn in ({turns[0]}, {turns[1]}, {turns[2], turns[3]}):
+        for at, (content, split, good) in enumerate(flat):
+            if good and split in turn:
+                fate[at] = "d" if content in kept else (split or "?")
+                kept.add(content)
+    return [(content, fate_) for (content, _, _), fate_ in zip(flat, fate, strict=True)]
+
+
+@given(ranges_of_records)
+def test_one_of_each_content_and_held_out_ones_first(ranges):
+    expected = by_the_rules(ranges, set())
+    drawn = sum(fate == "?" for _, fate in expected)
+    trains = any(fate == "train" for _, fate in expected)
+    if 0 < drawn < 3 or not (drawn or trains):
+        return  # too few to draw from, or nothing to train on: refused, see below
+    letters = b"".join(select(scans(ranges), Seen(None), 0.1, 0.1, frozen=False))
+    found = [
+        SPLITS[LETTERS.index(letter)] if letter in LETTERS else chr(letter) for letter in letters
+    ]
+    for (_, fate), got in zip(expected, found, strict=True):
+        assert got in SPLITS if fate == "?" else got == fate
+    kept = [content for (content, _), got in zip(expected, found, strict=True) if got in SPLITS]
+    assert len(set(kept)) == len(kept)
+    if drawn:
+        assert {got for (_, fate), got in zip(expected, found, strict=True) if fate == "?"} == set(
+            SPLITS
+        )
+
+
+@given(ranges_of_records, ranges_of_records)
+def test_what_comes_later_trains_unless_it_was_there(first, later):
+    seen = Seen(None)
+    for range_ in first:
+        for content, _, good in range_:
+            if good:
+                seen.judge(hashlib.sha256(content.encode()).digest(), None)
+    there = {content for range_ in first for content, _, good in range_ if good}
+    letters = b"".join(select(scans(later), seen, 0.1, 0.1, frozen=True)).decode()
+    flat = [r for range_ in later for r in range_]
+    for (content, split, good), letter in zip(flat, letters, strict=True):
+        if not good:
+            assert letter == "."
+        elif split in ("validation", "test"):
+            assert letter == "f"
+        else:
+            assert letter == ("d" if content in there else "t")
+            there.add(content)
