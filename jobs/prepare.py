@@ -178,14 +178,18 @@ def prepare_corpus(
 
             return run_tasks(function, payloads)
 
+        first: dict[str, tuple[float, int]] = {}
+
         def report(at: "Progress") -> None:
-            rate = at.n_bytes / 1e6 / max(time.monotonic() - began, 1e-9)
-            progress.update(
-                at.done,
-                total=at.total,
-                label=labels.get(at.stage, at.stage),
-                note=f"{at.records:,} documents  {at.n_bytes / 1e6:,.1f} MB  {rate:,.1f} MB/s",
-            )
+            now = time.monotonic()
+            if at.done == 1:
+                first[at.stage] = (now, at.n_bytes)  # Ray has started by then
+            note = f"{at.records:,} documents  {at.n_bytes / 1e6:,.1f} MB"
+            if at.done > 1:
+                since, before = first[at.stage]
+                note += f"  {(at.n_bytes - before) / 1e6 / max(now - since, 1e-9):,.1f} MB/s"
+            label = labels.get(at.stage, at.stage)
+            progress.update(at.done, total=at.total, label=label, note=note)
 
         prepared = prepare(settings, output, run, report, refresh_held_out=refresh_held_out)
     describe(prepared.manifest, open_store(output).location, console)

@@ -35,7 +35,7 @@ def assemble(settings: PrepareSettings, corpus: Location, built: Built) -> Manif
 
     Raises `CorpusError` if nothing is left to train on.
     """
-    tokenizer = built.tokenizer.make(str(corpus))
+    tokenizer = built.shared.tokenizer.make(str(corpus))
     fingerprints = {name: FingerprintBuilder(tokenizer.dtype.name) for name in SPLITS}
     shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
     dropped: dict[str, int] = {}
@@ -70,7 +70,7 @@ def assemble(settings: PrepareSettings, corpus: Location, built: Built) -> Manif
             vocab_size=tokenizer.vocab_size,
             token_offset=TOKEN_OFFSET,
             dtype=tokenizer.dtype.name,
-            file=built.tokenizer.model,
+            file=built.shared.tokenizer.model,
         ),
         splits={
             name: Split(
@@ -87,7 +87,7 @@ def assemble(settings: PrepareSettings, corpus: Location, built: Built) -> Manif
         drops={
             reason: Drops(dropped[reason], tuple(examples[reason])) for reason in sorted(dropped)
         },
-        held_out_index=built.held_out_index,
+        held_out_index=built.shared.held_out_index,
         versions={
             "numpy": np.__version__,
             "pyarrow": pa.__version__,

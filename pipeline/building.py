@@ -1,58 +1,34 @@
-"""Build what a corpus consists of, increment by increment: which ranges are there, which are made.
+"""Build what a corpus consists of, increment by increment: what is there, what has to be made.
 
 An increment's plan follows from the one before, so a corpus that has grown is rebuilt, mended and
 checked in the same way as it was made. Needs no Ray: what runs the tasks is given.
 """
 
-import io
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from pipeline import records
-from pipeline.contamination import HeldOutIndex
 from pipeline.corpus_folder import plan_folder, read_listing
 from pipeline.errors import CorpusError
 from pipeline.manifest import Increment, Manifest, RecordsFile, read_records
 from pipeline.plan import PrepareSettings, mathematical, plan_id
 from pipeline.ranges import Range, cut_ranges, shard_bytes_for
 from pipeline.scanning import read_scan, scan_name, scan_range
-from pipeline.selection import TRAIN, Scans, Seen, first_rows, select
-from pipeline.sentencepiece_tokenizer import reproducible_sample, train_sentencepiece
+from pipeline.selection import Scans, Seen, first_rows, select
 from pipeline.shards import Shard
+from pipeline.shared_files import SharedFiles, make_shared_files, shared_files
 from pipeline.sources import SourceFile
 from pipeline.storage import open_store
+from pipeline.tasks import Tasks
 from pipeline.writing import (
     Finished,
     RangeTask,
-    TokenizerFile,
-    held_out_range,
     is_whole,
     read_sidecar,
-    sample_range,
     write_range,
 )
-
-Run = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
-"""Calls a function on each of the payloads, in any order; yields (index, result) as they end."""
-
-
-class Progress(NamedTuple):
-    """How far `prepare` is; reported after each finished range."""
-
-    stage: str
-    """`scan`, `write`, and where they are wanted `held-out` and `tokenizer`."""
-    done: int
-    """Ranges finished."""
-    total: int
-    records: int
-    """Of the ranges finished."""
-    n_bytes: int
-    """Source bytes of the ranges finished."""
-    total_bytes: int
-    """Of all ranges."""
 
 
 class BuiltIncrement(NamedTuple):
@@ -66,8 +42,7 @@ class Built(NamedTuple):
     """What a corpus consists of."""
 
     increments: list[BuiltIncrement]
-    tokenizer: TokenizerFile
-    held_out_index: str | None
+    shared: SharedFiles
     resumed_shards: int
     """Shards that were there."""
     manifest: Manifest | None
@@ -121,11 +96,10 @@ class Builder:
         corpus: str,
         old: Manifest | None,
         files: Sequence[SourceFile],
-        report: Callable[[Progress], None],
-        run: Run,
+        tasks: Tasks,
     ) -> None:
         self._settings, self._corpus, self._store = settings, corpus, open_store(corpus)
-        self._report, self._run = report, run
+        self._tasks = tasks
         self._scan_settings = settings.scan()
         self._identity = mathematical(settings)
         self._old = old if old is not None and old.settings == self._identity else None
@@ -134,8 +108,6 @@ class Builder:
             listing = read_listing(self._store, self._old.plan_id)
             known = {name: seen for part in listing for name, seen in part.items()}
             self._unchanged = {f.id for f in files if known.get(f.id) == (f.size, f.version)}
-        self._tokenizer = TokenizerFile(settings.tokenizer, None)
-        self._held_out: str | None = None
         self._made = self._resumed = 0
 
     def build(self, parts: Sequence[Sequence[SourceFile]]) -> Built:
@@ -144,7 +116,6 @@ class Builder:
         Raises `ChangedError` where a part is an increment of the old corpus but no longer what it
         was, and `CorpusError` as `prepare` does.
         """
-        self._made = self._resumed = 0
         built: list[BuiltIncrement] = []
         for number, files in enumerate(parts):
             increment = self._increment(number, files, built)
@@ -153,8 +124,7 @@ class Builder:
         is_old = self._old is not None and len(built) == len(self._old.increments)
         return Built(
             built,
-            self._tokenizer,
-            self._held_out,
+            shared_files(self._settings, plan_folder(built[0].plan_id)),
             self._resumed,
             self._old if is_old and not self._made else None,
         )
@@ -176,16 +146,15 @@ class Builder:
         finished = self._finished(folder, len(ranges), old)
         missing = [index for index, range_ in enumerate(finished) if range_ is None]
         self._resumed += sum(len(range_.shards) for range_ in finished if range_ is not None)
-        if not before:
-            self._name_shared_files(folder)
-        if missing or not self._has_shared_files():
+        shared = shared_files(self._settings, plan_folder(before[0].plan_id) if before else folder)
+        if missing or not shared.are_there(self._store):
             self._scan(ranges)
             if before and not sum(len(self._scanned(range_)) for range_ in ranges):
                 return None
-            tasks = self._decide(ranges, before)
-            self._make_tokenizer(tasks)
-            self._make_held_out_index(tasks)
-            for index, range_ in self._write([tasks[index] for index in missing], folder):
+            decided = self._decide(ranges, before)
+            make_shared_files(shared, self._settings, decided, self._store, self._tasks)
+            self._made += 1
+            for index, range_ in self._write([decided[i] for i in missing], folder, shared):
                 finished[missing[index]] = range_
         return BuiltIncrement(plan, [range_ for range_ in finished if range_ is not None])
 
@@ -208,14 +177,12 @@ class Builder:
         """Scan the ranges whose result is not there."""
         names = [scan_name(range_, self._scan_settings) for range_ in ranges]
         missing = [i for i, name in enumerate(names) if not self._store.exists(name)]
-        if not missing:
-            return
         payloads = [(self._corpus, names[i], ranges[i], self._scan_settings) for i in missing]
         sizes = [ranges[i].size for i in missing]
-        for _ in self._told("scan", self._run(scan_range, payloads), sizes, count=int):
+        for _ in self._tasks.stage("scan", scan_range, payloads, sizes, count=int):
             pass
 
-    def _scanned(self, range_: Range) -> Any:
+    def _scanned(self, range_: Range) -> pa.Table:
         table = read_scan(self._corpus, scan_name(range_, self._scan_settings))
         assert table is not None
         return table
@@ -239,7 +206,9 @@ class Builder:
     # ------------------------------------------------------------ decisions
 
     def _decide(self, ranges: Sequence[Range], before: Sequence[BuiltIncrement]) -> list[RangeTask]:
-        scan = partial(self._scan_of, ranges)
+        def scan(index: int) -> pa.Table:
+            return self._scanned(ranges[index])
+
         firsts = first_rows(scan, [[p.file.id for p in range_.pieces] for range_ in ranges])
         seen = Seen(self._settings.near_duplicates)
         for increment in before:
@@ -265,67 +234,6 @@ class Builder:
             for index, range_ in enumerate(ranges)
         ]
 
-    def _scan_of(self, ranges: Sequence[Range], index: int) -> Any:
-        return self._scanned(ranges[index])
-
-    # ------------------------------------------------------------ what all increments share
-
-    def _name_shared_files(self, folder: str) -> None:
-        """Tokenizer and index lie with the first increment, whose documents they are made of."""
-        if self._settings.trains_tokenizer or self._settings.tokenizer_model is not None:
-            name = f"{folder}/tokenizer.model"
-            self._tokenizer = TokenizerFile(self._settings.tokenizer, name)
-        if self._settings.contamination is not None:
-            self._held_out = f"{folder}/held-out.npy"
-
-    def _has_shared_files(self) -> bool:
-        names = (self._tokenizer.model, self._held_out)
-        return all(name is None or self._store.exists(name) for name in names)
-
-    def _make_tokenizer(self, tasks: Sequence[RangeTask]) -> None:
-        name, settings = self._tokenizer.model, self._settings.sentencepiece
-        if name is None or self._store.exists(name):
-            return
-        self._made += 1
-        if settings is None:
-            assert self._settings.tokenizer_model is not None
-            self._store.write(name, self._settings.tokenizer_model)
-            return
-        wanted = reproducible_sample(self._training_documents(tasks), settings.sample_bytes)
-        payloads = [(task, wanted) for task in tasks]
-        texts: dict[int, list[bytes]] = {}
-        sizes = [task.range_.size for task in tasks]
-        for index, sample in self._told("tokenizer", self._run(sample_range, payloads), sizes):
-            texts[index] = sample
-        ordered = [text for index in range(len(tasks)) for text in texts[index]]
-        # In a task, for the trainer does not listen to Ctrl-C.
-        for _, model in self._run(train_sentencepiece, [(ordered, settings)]):
-            self._store.write(name, model)
-
-    def _training_documents(self, tasks: Sequence[RangeTask]) -> Iterator[tuple[str, int]]:
-        for task in tasks:
-            table = self._scanned(task.range_)
-            ids = records.document_ids(table, task.first_rows)
-            sizes = table.column("n_bytes").to_pylist()
-            for doc_id, size, letter in zip(ids, sizes, task.letters, strict=True):
-                if letter == TRAIN:
-                    yield doc_id, size
-
-    def _make_held_out_index(self, tasks: Sequence[RangeTask]) -> None:
-        settings = self._settings.contamination
-        if self._held_out is None or settings is None or self._store.exists(self._held_out):
-            return
-        self._made += 1
-        payloads = [(task, settings) for task in tasks]
-        sizes = [task.range_.size for task in tasks]
-        hashes: dict[int, Any] = {}
-        for index, found in self._told("held-out", self._run(held_out_range, payloads), sizes):
-            hashes[index] = found
-        ordered = [document for index in range(len(tasks)) for document in hashes[index]]
-        data = io.BytesIO()
-        HeldOutIndex.build(ordered, settings).save(data)
-        self._store.write(self._held_out, data.getvalue())
-
     # ------------------------------------------------------------ pass 2
 
     def _finished(self, folder: str, count: int, old: Increment | None) -> list[Finished | None]:
@@ -343,31 +251,16 @@ class Builder:
             found.append(range_ if is_whole(self._corpus, range_) else None)
         return found
 
-    def _write(self, tasks: Sequence[RangeTask], folder: str) -> Iterator[tuple[int, Finished]]:
+    def _write(
+        self, ranges: Sequence[RangeTask], folder: str, shared: SharedFiles
+    ) -> Iterator[tuple[int, Finished]]:
         contamination = self._settings.contamination
         payloads = [
-            (task, folder, self._tokenizer, self._held_out, contamination) for task in tasks
+            (range_, folder, shared.tokenizer, shared.held_out_index, contamination)
+            for range_ in ranges
         ]
-        sizes = [task.range_.size for task in tasks]
-        self._made += len(tasks)
-        results = self._run(write_range, payloads)
-        yield from self._told("write", results, sizes, count=_records_of)
-
-    def _told(
-        self,
-        stage: str,
-        results: Iterator[tuple[int, Any]],
-        sizes: Sequence[int],
-        count: Callable[[Any], int] = lambda _: 0,
-    ) -> Iterator[tuple[int, Any]]:
-        """Pass the results on, reporting after each how far the stage is."""
-        done = n_records = n_bytes = 0
-        self._report(Progress(stage, 0, len(sizes), 0, 0, sum(sizes)))
-        for index, result in results:
-            done, n_bytes = done + 1, n_bytes + sizes[index]
-            n_records += count(result)
-            self._report(Progress(stage, done, len(sizes), n_records, n_bytes, sum(sizes)))
-            yield index, result
+        sizes = [range_.range_.size for range_ in ranges]
+        return self._tasks.stage("write", write_range, payloads, sizes, _records_of)
 
 
 def _records_of(range_: Finished) -> int:

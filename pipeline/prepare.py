@@ -14,13 +14,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pipeline.assembly import assemble
-from pipeline.building import Builder, ChangedError, Progress, Run, increments
+from pipeline.building import Builder, ChangedError, increments
 from pipeline.corpus_folder import check_output, claim, old_manifest, save_listing, tidy
 from pipeline.formats import survey
 from pipeline.manifest import Manifest
 from pipeline.plan import PrepareSettings
 from pipeline.sources import list_files
 from pipeline.storage import Location, open_store
+from pipeline.tasks import Progress, Run, Tasks
 
 __all__ = ["PrepareSettings", "Prepared", "Progress", "prepare"]
 
@@ -67,13 +68,13 @@ def prepare(
         parts, rebuilt = [files], None
         if old is not None and not refresh_held_out:
             parts, rebuilt = increments(store.location, old, files)
-        report = progress or (lambda _: None)
+        tasks = Tasks(run, progress or (lambda _: None))
         known = old if rebuilt is None else None
         try:
-            built = Builder(settings, store.location, known, files, report, run).build(parts)
+            built = Builder(settings, store.location, known, files, tasks).build(parts)
         except ChangedError as changed:
             parts, rebuilt = [files], str(changed)
-            built = Builder(settings, store.location, None, files, report, run).build(parts)
+            built = Builder(settings, store.location, None, files, tasks).build(parts)
         if built.manifest is not None:
             manifest = built.manifest
         else:

@@ -4,6 +4,7 @@ One letter a record, so that the decisions of a corpus of a hundred million docu
 memory; the records themselves are read range by range.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -115,10 +116,28 @@ def select(
             _judge(scans.read(index), letters[index], seen, turn, frozen)
     if frozen:
         return [bytes(range_).replace(b"\0", b"t") for range_ in letters]
-    _draw(scans, letters, validation, test)
+    try:
+        _draw(scans, letters, validation, test)
+    except CorpusError as error:
+        raise CorpusError(f"{error}{_dropped(scans, letters)}") from None
     if not any(TRAIN in range_ for range_ in letters):
         raise CorpusError("no document is left to train on after filtering: add documents")
     return [bytes(range_) for range_ in letters]
+
+
+def _dropped(scans: Scans, letters: list[bytearray]) -> str:
+    """How many records were dropped for which reason, to be added to an error."""
+    counts = Counter(
+        reason or REASONS[letter]
+        for index in range(scans.n_ranges)
+        for reason, letter in zip(
+            scans.read(index).column("reason").to_pylist(), letters[index], strict=True
+        )
+        if reason or letter in REASONS
+    )
+    if not counts:
+        return ""
+    return " (dropped: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) + ")"
 
 
 def _judge(table: pa.Table, letters: bytearray, seen: Seen, named: set[str], frozen: bool) -> None:

@@ -167,10 +167,10 @@ def write_range(
     return finished
 
 
-def sample_range(task: RangeTask, wanted: set[str]) -> list[bytes]:
-    """The wanted documents of a range, for a tokenizer to be trained on."""
+def sample_range(task: RangeTask, places: set[int]) -> list[bytes]:
+    """The documents at these places of a range, for a tokenizer to be trained on."""
     kept = documents(task, finished_scan(task))
-    return [b"".join(document.blocks) for document in kept if document.id in wanted]
+    return [b"".join(document.blocks) for document in kept if document.at in places]
 
 
 def held_out_range(

@@ -13,15 +13,18 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 
 from pipeline.contamination import ContaminationSettings
 from pipeline.errors import CorpusError
 from pipeline.formats import FormatSettings
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, tokenizer_of
 from pipeline.near_duplicates import NearDuplicateSettings
 from pipeline.plan import PrepareSettings
 from pipeline.prepare import Prepared, prepare
+from pipeline.sentencepiece_tokenizer import SentencePieceSettings
 from pipeline.sources import SourceSettings
+from pipeline.stored_documents import stored_documents
 from pipeline.verification import verify
 
 WORDS = [f"{first}{second}" for first in ("ka", "mo", "ri", "su") for second in "bdfglnprst"]
@@ -247,3 +250,34 @@ def test_records_of_any_files_in_any_order_of_tasks(tmp_path_factory, lines, lim
         digest.update(f'["{doc_id}", {len(content)}, "{sha256}"]\n'.encode())
     train = Manifest.load(folder / "corpus").splits["train"]
     assert train.fingerprint == digest.hexdigest()
+
+
+def test_a_tokenizer_is_trained_once_and_stays(source, tmp_path):
+    corpus, pieces = tmp_path / "corpus", {
+        "tokenizer": "sentencepiece",
+        "sentencepiece": SentencePieceSettings(vocab_size=330),
+    }  # fmt: skip
+    first = make(source, corpus, **pieces).manifest
+    model = (corpus / str(first.tokenizer.file)).read_bytes()
+    plant(source, range(60, 70))
+    (source / "latin1.txt").write_bytes(b"caf\xe9")
+    grown = make(source, corpus, seed=5, **pieces).manifest
+    assert grown.tokenizer == first.tokenizer
+    assert grown.drops["not UTF-8"].examples == ("latin1.txt",)
+    # Plain SentencePiece reads the file and writes the text back.
+    plain = SentencePieceProcessor(model_proto=model)
+    tokenizer = tokenizer_of(corpus, grown)
+    assert tokenizer.vocab_size == 330
+    stored = {
+        document.id: b"".join(tokenizer.decode(part) for part in document.parts)
+        for split in ("train", "validation", "test")
+        for document in stored_documents(corpus, grown, split)
+    }
+    assert stored == {f"{i:03d}.txt": text(i).encode() for i in range(70)}
+    assert len(plain.encode(text(0))) < len(text(0)) / 2
+    tokens = sum(split.tokens for split in grown.splits.values())
+    assert tokens < sum(map(len, stored.values())) / 2
+    whole = files(corpus)
+    (corpus / str(first.tokenizer.file)).unlink()
+    make(source, corpus, **pieces)
+    assert files(corpus) == whole

@@ -1,0 +1,33 @@
+"""Sampled pictures as files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy.typing as npt
+
+from jobs.errors import UserError
+from pipeline.tokenizers import TOKEN_OFFSET, ImageTokenizer
+
+
+def save_pictures(
+    tokenizer: ImageTokenizer, written: Sequence[npt.NDArray], folder: Path, name: str
+) -> list[Path]:
+    """Writes each sample, a model's ids [12288], as a PNG of 64x64; returns where they are.
+
+    They are numbered behind those that are there. Raises `UserError` if the folder cannot be used.
+    """
+    from PIL import Image
+
+    paths = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.glob(f"{name}-*.png")))
+        for ids in written:
+            paths.append(folder / f"{name}-{number:04d}.png")
+            Image.fromarray(tokenizer.picture(ids - TOKEN_OFFSET)).save(paths[-1])
+            number += 1
+    except OSError as error:
+        raise UserError(
+            f"--output {folder}: cannot be written ({error.strerror or error})"
+        ) from None
+    return paths
