@@ -16,7 +16,7 @@ from pipeline.manifest import Increment, Manifest, RecordsFile, read_records
 from pipeline.plan import PrepareSettings, mathematical, plan_id
 from pipeline.ranges import Range, cut_ranges, shard_bytes_for
 from pipeline.scanning import read_scan, scan_name, scan_range
-from pipeline.selection import Scans, Seen, first_rows, select
+from pipeline.selection import Scans, first_rows, select
 from pipeline.shards import Shard
 from pipeline.shared_files import SharedFiles, make_shared_files, shared_files
 from pipeline.sources import SourceFile
@@ -210,13 +210,14 @@ class Builder:
             return self._scanned(ranges[index])
 
         firsts = first_rows(scan, [[p.file.id for p in range_.pieces] for range_ in ranges])
-        seen = Seen(self._settings.near_duplicates)
-        for increment in before:
-            for range_ in increment.ranges:
-                seen.add(_records(self._corpus, range_.records))
         letters = select(
             Scans(len(ranges), scan, firsts),
-            seen,
+            lambda: (
+                _records(self._corpus, range_.records)
+                for increment in before
+                for range_ in increment.ranges
+            ),
+            self._settings.near_duplicates,
             self._settings.validation_fraction,
             self._settings.test_fraction,
             frozen=bool(before),

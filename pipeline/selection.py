@@ -4,8 +4,9 @@ One letter a record, so that the decisions of a corpus of a hundred million docu
 memory; the records themselves are read range by range.
 """
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,10 @@ REASONS = {_DUPLICATE: DUPLICATE, _NEAR: NEAR_DUPLICATE, _FROZEN: FROZEN}
 """Why a record of such a letter is dropped; that of other letters pass 1 has found."""
 
 
+# Contents whose hashes are held at a time, about 100 bytes each.
+_RECORDS_AT_ONCE = 500_000
+
+
 class Scans(NamedTuple):
     """The results of pass 1 for a run of ranges."""
 
@@ -41,12 +46,17 @@ class Scans(NamedTuple):
 
 
 class Seen:
-    """The contents that are in the corpus already: what would be a duplicate."""
+    """The contents that are in the corpus already: what would be a duplicate.
 
-    def __init__(self, near: NearDuplicateSettings | None) -> None:
+    Those of one part of `parts`, by the first bytes of their hash: so a corpus is gone through part
+    by part in memory that does not grow with it.
+    """
+
+    def __init__(self, near: NearDuplicateSettings | None, part: int = 0, parts: int = 1) -> None:
         self._exact = ExactDuplicates()
         self._near = NearDuplicates(near) if near else None
         self._count = 0
+        self._part, self._parts = part, parts
 
     def judge(self, sha256: bytes, signature: bytes | None) -> int | None:
         """The letter of a duplicate; none for a new content, which counts as seen from now on."""
@@ -60,13 +70,15 @@ class Seen:
             self._count += 1
         return None
 
+    def concerns(self, sha256: bytes) -> bool:
+        """Whether a content is of this part."""
+        return int.from_bytes(sha256[:4], "big") % self._parts == self._part
+
     def add(self, table: pa.Table) -> None:
         """Take in the documents of a corpus that is there."""
-        kept = [split != "" for split in table.column("split").to_pylist()]
-        for is_kept, sha256, signature in zip(
-            kept, table.column("sha256").to_pylist(), signatures(table), strict=True
-        ):
-            if is_kept:
+        columns = (table.column("split").to_pylist(), table.column("sha256").to_pylist())
+        for split, sha256, signature in zip(*columns, signatures(table), strict=True):
+            if split and self.concerns(sha256):
                 self.judge(sha256, signature)
 
 
@@ -96,9 +108,17 @@ def first_rows(
 
 
 def select(
-    scans: Scans, seen: Seen, validation: float, test: float, *, frozen: bool
+    scans: Scans,
+    there: Callable[[], Iterable[pa.Table]],
+    near: NearDuplicateSettings | None,
+    validation: float,
+    test: float,
+    *,
+    frozen: bool,
 ) -> list[bytes]:
     """Decide on each record; returns its letters [records] for each range.
+
+    `there` gives the records of the corpus that they are added to.
 
     Of documents with one content the first stays, those that the corpus itself names for a
     held-out split before others: so none that is held out is trained on. Then splits are drawn;
@@ -111,9 +131,15 @@ def select(
         )
         for i in range(scans.n_ranges)
     ]
-    for turn in ({"test"}, {"validation"}, {"train", ""}):
-        for index in range(scans.n_ranges):
-            _judge(scans.read(index), letters[index], seen, turn, frozen)
+    # Near copies have no hash in common, so they are looked for in all of the corpus at once.
+    parts = 1 if near else 1 + sum(map(len, letters)) // _RECORDS_AT_ONCE
+    for part in range(parts):
+        seen = Seen(near, part, parts)
+        for table in there():
+            seen.add(table)
+        for turn in ({"test"}, {"validation"}, {"train", ""}):
+            for index in range(scans.n_ranges):
+                _judge(scans.read(index), letters[index], seen, turn, frozen)
     if frozen:
         return [bytes(range_).replace(b"\0", b"t") for range_ in letters]
     try:
@@ -147,7 +173,7 @@ def _judge(table: pa.Table, letters: bytearray, seen: Seen, named: set[str], fro
         return
     contents = zip(table.column("sha256").to_pylist(), signatures(table), strict=True)
     for at, (split, (sha256, signature)) in enumerate(zip(splits, contents, strict=True)):
-        if letters[at] or split not in named:
+        if letters[at] or split not in named or not seen.concerns(sha256):
             continue
         if frozen and split in ("test", "validation"):
             letters[at] = _FROZEN
@@ -159,16 +185,16 @@ def _judge(table: pa.Table, letters: bytearray, seen: Seen, named: set[str], fro
 
 def _draw(scans: Scans, letters: list[bytearray], validation: float, test: float) -> None:
     """Draw the split of each document that nothing names one for."""
-    places = []
+    places = array("d")
     for index in range(scans.n_ranges):
         if 0 in letters[index]:
             ids = records.document_ids(scans.read(index), scans.first_rows[index])
-            places += [place(ids[at]) for at, letter in enumerate(letters[index]) if not letter]
+            places.extend(place(ids[at]) for at, letter in enumerate(letters[index]) if not letter)
     named = {letter for range_ in letters for letter in range_} & {*LETTERS}
     if named and not places:
         return
-    splits = iter(assign_splits(np.array(places), validation, test).tolist())
+    splits = iter(assign_splits(np.frombuffer(places), validation, test))
     for range_ in letters:
         for at, letter in enumerate(range_):
             if not letter:
-                range_[at] = LETTERS[next(splits)]
+                range_[at] = LETTERS[int(next(splits))]

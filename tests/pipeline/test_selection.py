@@ -2,11 +2,12 @@
 
 import hashlib
 
-from hypothesis import given
+import pyarrow as pa
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import records
-from pipeline.selection import LETTERS, Scans, Seen, first_rows, select
+from pipeline import records, selection
+from pipeline.selection import LETTERS, Scans, first_rows, select
 from pipeline.splits import SPLITS
 
 record = st.tuples(
@@ -52,14 +53,16 @@ def by_the_rules(ranges, kept: set[str]) -> list[tuple[str, str]]:
     return [(content, fate_) for (content, _, _), fate_ in zip(flat, fate, strict=True)]
 
 
-@given(ranges_of_records)
-def test_one_of_each_content_and_held_out_ones_first(ranges):
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ranges_of_records, st.sampled_from([1, 3, 1000]))
+def test_one_of_each_content_and_held_out_ones_first(monkeypatch, ranges, at_once):
     expected = by_the_rules(ranges, set())
     drawn = sum(fate == "?" for _, fate in expected)
     trains = any(fate == "train" for _, fate in expected)
     if 0 < drawn < 3 or not (drawn or trains):
         return  # too few to draw from, or nothing to train on: refused, see below
-    letters = b"".join(select(scans(ranges), Seen(None), 0.1, 0.1, frozen=False))
+    monkeypatch.setattr(selection, "_RECORDS_AT_ONCE", at_once)
+    letters = b"".join(select(scans(ranges), lambda: (), None, 0.1, 0.1, frozen=False))
     found = [
         SPLITS[LETTERS.index(letter)] if letter in LETTERS else chr(letter) for letter in letters
     ]
@@ -73,17 +76,24 @@ def test_one_of_each_content_and_held_out_ones_first(ranges):
         )
 
 
-@given(ranges_of_records, ranges_of_records)
-def test_what_comes_later_trains_unless_it_was_there(first, later):
-    seen = Seen(None)
-    for range_ in first:
-        for content, _, good in range_:
-            if good:
-                seen.judge(hashlib.sha256(content.encode()).digest(), None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ranges_of_records, ranges_of_records, st.sampled_from([1, 3, 1000]))
+def test_what_comes_later_trains_unless_it_was_there(monkeypatch, first, later, at_once):
+    monkeypatch.setattr(selection, "_RECORDS_AT_ONCE", at_once)
     there = {content for range_ in first for content, _, good in range_ if good}
-    letters = b"".join(select(scans(later), seen, 0.1, 0.1, frozen=True)).decode()
+    earlier = pa.table(
+        {
+            "split": [("train" if good else "") for range_ in first for _, _, good in range_],
+            "sha256": [
+                hashlib.sha256(content.encode()).digest()
+                for range_ in first
+                for content, _, _ in range_
+            ],
+        }
+    )
+    chosen = select(scans(later), lambda: (earlier,), None, 0.1, 0.1, frozen=True)
     flat = [r for range_ in later for r in range_]
-    for (content, split, good), letter in zip(flat, letters, strict=True):
+    for (content, split, good), letter in zip(flat, b"".join(chosen).decode(), strict=True):
         if not good:
             assert letter == "."
         elif split in ("validation", "test"):
