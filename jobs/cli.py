@@ -209,12 +209,19 @@ Examples:
     "--min-p", type=click.FloatRange(0, 1), default=0, show_default=True,
     help="Leave out tokens with less than this share of the likeliest one's probability.",
 )  # fmt: skip
+@click.option(
+    "--output", type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the pictures of a model of pictures.  [default: samples]",
+)  # fmt: skip
 @click.option("--ignore-eos", is_flag=True, help="Write all tokens: never end the document.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @root_option
 @json_option
 def sample(run: str, root: Path, as_json: bool, **options: Any) -> None:
-    """Let RUN's newest checkpoint write text. The same seed writes the same text."""
+    """Let RUN's newest checkpoint write text, or draw pictures if it was trained on them.
+
+    The same seed writes the same.
+    """
     from jobs.sample import sample_command
 
     sample_command(root, run, console=new_console(as_json), as_json=as_json, **options)

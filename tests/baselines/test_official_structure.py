@@ -58,6 +58,7 @@ def test_features_and_cache_equal_our_networks(window):
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.slow
 def test_loss_and_gradients_equal_ours():
     batch, state = toy.rows(), toy.state(MODEL)
     divisor = np.float64(batch.loss_mask.sum())
@@ -78,6 +79,7 @@ def test_loss_and_gradients_equal_ours():
     close((value, found), (expected, gradients))
 
 
+@pytest.mark.slow
 def test_it_can_be_timed(capsys):
     geometry = Geometry(toy.MODEL, toy.OPTIMIZER, 1, None)
     program = official_structure.official_program(geometry, 16, L)

@@ -125,6 +125,7 @@ def test_each_corpus_is_evaluated_on_its_own_and_all_together(workplace, undistu
 
 @pytest.mark.compiles
 @pytest.mark.tracking
+@pytest.mark.slow
 def test_stopped_and_resumed_where_the_corpora_moved(workplace, undisturbed):
     begin(
         workplace,

@@ -100,6 +100,7 @@ def test_driver_killed_and_resumed_equals_undisturbed(workplace, undisturbed):
 
 
 @pytest.mark.tracking
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(workplace, undisturbed):
     run = RunDirectory(workplace / "runs" / "stopped")
     process = start(workplace, "stopped")
@@ -141,6 +142,7 @@ def test_finished_run_that_mlflow_does_not_know_as_such_is_completed(workplace, 
 
 
 @pytest.mark.tracking
+@pytest.mark.slow
 def test_longer_run_continues_under_the_schedule_it_began_with(workplace, undisturbed):
     name = "longer"
     finished(start(workplace, name))

@@ -25,6 +25,7 @@ HEADS = replace(toy.MODEL, d_feed_forward=24, n_heads=4, n_kv_heads=2)
 
 @pytest.mark.compiles
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_on_eight_devices():
     """Runs the tests of `on_eight_devices.py`: this process has two."""
     # The second halves the time of compilation, which is most of it.

@@ -276,7 +276,7 @@ def test_bytes_changed_on_the_way_are_sent_again(bucket: str, object_store):
     assert not store.exists("f")
 
 
-@pytest.mark.parametrize("size", [5, len(BIG)])
+@pytest.mark.parametrize("size", [5, pytest.param(len(BIG), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("action", ["stall", "stall-upload"])
 def test_a_stalled_upload_goes_on(bucket: str, object_store, impatient, action, size):
     store = open_store(bucket)
