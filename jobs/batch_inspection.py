@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs import recipe as recipes
-from jobs.checkpoint_manifest import complete_checkpoints
 from jobs.console import Console
 from jobs.errors import UserError
 from jobs.readable import in_one_line
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
+from jobs.trained_model import recipe_of, refuse_other_text
 from pipeline.batch_contents import BatchRow, Span, batch_contents
 from pipeline.manifest import tokenizer_of
 from pipeline.mixture import Mixture
@@ -106,18 +105,10 @@ def batch_command(
 
 
 def _of_run(run: RunDirectory) -> _Training:
-    checkpoints = complete_checkpoints(run)
-    # The newest checkpoint's recipe: a resumed run may have its corpus elsewhere by now.
-    text = checkpoints[-1].recipe if checkpoints else run.recipe.read_text(encoding="utf-8")
-    recipe = recipes.from_yaml(text, f"the recipe of run {run.name}")
+    recipe, record = recipe_of(run), run.record()
     mixture = Mixture.load(recipe.data.corpora)
-    record = run.record()
     assert record is not None
-    if difference := mixture.difference("train", record.fingerprints["train"]):
-        raise UserError(
-            f"{', '.join(corpus.path for corpus in mixture.corpora)}: run {run.name} was begun"
-            f" {difference}; prepare that corpus again"
-        )
+    refuse_other_text(run, mixture, "train", record.fingerprints["train"])
     return _of_recipe(recipe, mixture)
 
 

@@ -17,7 +17,7 @@ Examples:
   tvq bench data""",
 )
 def bench() -> None:
-    """Time the forms of attention against each other, and tokens far on against early ones."""
+    """Time attention, training, writing and the data pipeline, each beside a yardstick."""
 
 
 def _bench_options(command: Any) -> Any:

@@ -219,9 +219,10 @@ def measure_pieces(
     folder: Path, files: Sequence[SourceFile], rounds: int, console: Console
 ) -> Pieces:
     """A unigram model of 8,192 pieces writes shards in Ray tasks, and alone encodes each file."""
+    from sentencepiece import SentencePieceProcessor
+
     from jobs.ray_session import ray_session
     from pipeline.ray_tasks import run_tasks
-    from pipeline.sentencepiece_tokenizer import load_sentencepiece
 
     files = part_of(files, _SENTENCEPIECE_BYTES)
     n_bytes = sum(file.size for file in files)
@@ -239,7 +240,7 @@ def measure_pieces(
     worker.tokenizer = TokenizerFile("sentencepiece", "tokenizer.model")
     worker.scan()
     payloads = worker.write_payloads()
-    processor = load_sentencepiece(model)._processor
+    processor = SentencePieceProcessor(model_proto=model)
 
     def bare() -> None:
         for file in files:

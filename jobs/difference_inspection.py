@@ -30,12 +30,12 @@ def difference_command(
         )
     _print_increments(found, console)
     for title, unequal in (
-        ("tokenizer", found.tokenizer),
-        ("settings", found.settings),
-        ("versions", found.versions),
+        ("tokenizers differ", found.tokenizer),
+        ("settings that differ", found.settings),
+        ("versions that differ", found.versions),
     ):
         if unequal:
-            console.heading(f"{title} that differ" if title[-1] == "s" else "tokenizers differ")
+            console.heading(title)
             console.table(
                 ["", "here", "there"],
                 [(one.name, _value(one.here), _value(one.there)) for one in unequal],

@@ -12,7 +12,7 @@ from jobs.console import Console
 from jobs.errors import UserError
 from jobs.host_memory import keep_freed_memory
 from jobs.run_directory import RunDirectory
-from jobs.trained_model import TrainedModel, load_trained_model
+from jobs.trained_model import TrainedModel, load_trained_model, refuse_other_text
 from jobs.units import bits_per_byte, targets_of
 from jobs.yardsticks import Yardsticks, yardsticks
 from pipeline.mixture import Mixture
@@ -46,13 +46,9 @@ def evaluate_command(
     keep_freed_memory()
     trained = load_trained_model(run)
     mixture = trained.mixture()
-    if difference := mixture.difference(split, trained.fingerprints[split]):
-        raise UserError(
-            f"{', '.join(str(corpus.path) for corpus in mixture.corpora)}: run {run.name} was begun"
-            f" {difference}; prepare that corpus again"
-        )
+    refuse_other_text(run, mixture, split, trained.fingerprints[split])
     figures = evaluate(trained, mixture, split, console)
-    yardstick = yardsticks([corpus.path for corpus in mixture.corpora], split)
+    yardstick = yardsticks(list(mixture.weights), split)
     _track(run, trained, split, figures, yardstick, console)
     if as_json:
         console.json(
@@ -111,6 +107,7 @@ def evaluate(trained: TrainedModel, mixture: Mixture, split: str, console: Conso
                 sequence_length=recipe.data.sequence_length,
                 batch_size=BATCH_SIZE,
                 window=recipe.data.window,
+                cache_bytes=recipe.data.cache_bytes,
             )
             with contextlib.closing(batches):
                 for batch in batches:

@@ -6,9 +6,9 @@ the kernel is asked what it knows of the process alone.
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jobs.console import Console
 from jobs.data_measurement import part_of
@@ -16,6 +16,7 @@ from pipeline.near_duplicates import NearDuplicates, NearDuplicateSettings
 from pipeline.plan import PrepareSettings
 from pipeline.prepare import prepare
 from pipeline.sources import SourceFile, SourceSettings
+from pipeline.tasks import run_here
 
 _SIGNATURES = 2**16
 
@@ -53,15 +54,8 @@ def measure_memory(folder: Path, files: Sequence[SourceFile], console: Console) 
 
 def peak_of_preparing(source: str, corpus: str) -> int:
     """Bytes; driver and worker are one process here."""
-
-    def serial(
-        function: Callable[..., Any], payloads: Sequence[tuple[Any, ...]]
-    ) -> Iterator[tuple[int, Any]]:
-        for index, payload in enumerate(payloads):
-            yield index, function(*payload)
-
     wanted = PrepareSettings(SourceSettings((source,)), validation_fraction=0, test_fraction=0)
-    prepare(wanted, corpus, serial)
+    prepare(wanted, corpus, run_here)
     return _memory("VmHWM")
 
 

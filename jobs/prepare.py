@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from jobs.console import Console
 from jobs.errors import UserError
 from jobs.ray_session import ray_session
-from pipeline.corpus_folder import check_output
 from pipeline.manifest import Manifest
-from pipeline.sources import SourceSettings, list_files, standard_library
+from pipeline.sources import SourceSettings, standard_library
 from pipeline.storage import open_store
 
 if TYPE_CHECKING:
@@ -65,10 +64,6 @@ def prepare_command(
     if sources:
         source = SourceSettings(sources, include or ("**/*",), exclude)
     settings = settings_of(source, options)
-    # What a user may have got wrong is said before Ray is loaded, which takes seconds.
-    settings.check()
-    list_files(source)
-    check_output(open_store(output))
     prepared = prepare_corpus(settings, output, console, refresh_held_out=refresh_held_out)
     if as_json:
         manifest = prepared.manifest

@@ -17,7 +17,7 @@ from jobs.pictures import save_pictures
 from jobs.run_directory import RunDirectory
 from jobs.trained_model import TrainedModel, load_trained_model
 from pipeline.manifest import Manifest, tokenizer_of
-from pipeline.tokenizers import EOS, ImageTokenizer, model_ids, text_of
+from pipeline.tokenizers import EOS, ImageTokenizer, Tokenizer, model_ids, text_of
 
 if TYPE_CHECKING:
     from model.sampling import Filters
@@ -94,15 +94,11 @@ def sample_command(
         Filters(temperature, top_k, top_p, min_p, ignore_eos or pictures),
     )
     seconds = time.monotonic() - began
-    drawn = []
     if isinstance(tokenizer, ImageTokenizer):
         paths = save_pictures(tokenizer, list(written), output or Path("samples"), run.name)
         drawn = [Sample("", str(path), tokens, False) for path in paths]
-    for text, ids in () if pictures else zip(typed, written, strict=True):
-        ends = np.flatnonzero(ids == EOS)
-        count = int(ends[0]) if len(ends) else tokens
-        follows = text_of(tokenizer, ids[:count])
-        drawn.append(Sample(_readable(text), _readable(follows), count, bool(len(ends))))
+    else:
+        drawn = [_sample(tokenizer, *each) for each in zip(typed, written, strict=True)]
 
     if as_json:
         console.json(
@@ -122,6 +118,14 @@ def sample_command(
             console.heading(f"sample {number} of {len(drawn)}: {sample.tokens} tokens{ended}")
         console.result(sample.prompt + sample.text)
     return drawn
+
+
+def _sample(tokenizer: Tokenizer, prompt: bytes, ids: npt.NDArray[np.int32]) -> Sample:
+    """What was written [tokens] behind a prompt, as text."""
+    ends = np.flatnonzero(ids == EOS)
+    count = int(ends[0]) if len(ends) else len(ids)
+    text = _readable(text_of(tokenizer, ids[:count]))
+    return Sample(_readable(prompt), text, count, bool(len(ends)))
 
 
 def _write(

@@ -26,6 +26,22 @@ class TrainedModel(NamedTuple):
         return Mixture.load(self.recipe.data.corpora)
 
 
+def recipe_of(run: RunDirectory) -> Recipe:
+    """What the run was last trained by: a resumed run may have its corpus elsewhere by now."""
+    checkpoints = complete_checkpoints(run)
+    text = checkpoints[-1].recipe if checkpoints else run.recipe.read_text(encoding="utf-8")
+    return recipes.from_yaml(text, f"the recipe of run {run.name}")
+
+
+def refuse_other_text(run: RunDirectory, mixture: Mixture, split: str, recorded: str) -> None:
+    """Raises UserError if a split is not that of this fingerprint, on which the run was begun."""
+    if difference := mixture.difference(split, recorded):
+        raise UserError(
+            f"{', '.join(mixture.weights)}: run {run.name} was begun {difference}; prepare that"
+            " corpus again"
+        )
+
+
 def load_trained_model(run: RunDirectory) -> TrainedModel:
     """Restores, verified, onto the first device of this process.
 
@@ -38,10 +54,7 @@ def load_trained_model(run: RunDirectory) -> TrainedModel:
     from model.sharding import abstract_state, make_mesh
     from model.training import initial_state
 
-    checkpoints = complete_checkpoints(run)
-    # The newest checkpoint's recipe: a resumed run may have its corpus elsewhere by now.
-    text = checkpoints[-1].recipe if checkpoints else run.recipe.read_text(encoding="utf-8")
-    recipe = recipes.from_yaml(text, f"the recipe of run {run.name}")
+    recipe = recipe_of(run)
     abstract = abstract_state(
         make_mesh(jax.devices()[:1]),
         recipe.model,

@@ -7,7 +7,6 @@ from importlib.metadata import version
 import numpy as np
 import pyarrow as pa
 
-from pipeline import records
 from pipeline.building import Built
 from pipeline.errors import CorpusError
 from pipeline.manifest import (
@@ -45,7 +44,7 @@ def assemble(settings: PrepareSettings, corpus: Location, built: Built) -> Manif
         for range_ in increment.ranges:
             for name, shard in range_.shards.items():
                 shards[name].append(shard)
-            table = records.from_bytes(read_records(corpus, range_.records))
+            table = read_records(corpus, range_.records)
             columns = ("doc_id", "split", "reason", "tokens", "tokens_sha256")
             rows = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
             for doc_id, split, reason, tokens, sha256 in rows:

@@ -12,11 +12,11 @@ import pyarrow as pa
 from pipeline import records
 from pipeline.corpus_folder import plan_folder, read_listing
 from pipeline.errors import CorpusError
-from pipeline.manifest import Increment, Manifest, RecordsFile, read_records
+from pipeline.manifest import Increment, Manifest, read_records
 from pipeline.plan import PrepareSettings, mathematical, plan_id
 from pipeline.ranges import Range, cut_ranges, shard_bytes_for
 from pipeline.scanning import read_scan, scan_name, scan_range
-from pipeline.selection import Scans, first_rows, select
+from pipeline.selection import Earlier, Scans, first_rows, select
 from pipeline.shards import Shard
 from pipeline.shared_files import SharedFiles, make_shared_files, shared_files
 from pipeline.sources import SourceFile
@@ -66,11 +66,8 @@ def increments(
     listing = read_listing(open_store(corpus), old.plan_id)
     for number, increment in enumerate(old.increments):
         try:
-            ids = {
-                i
-                for f in increment.records
-                for i in _records(corpus, f).column("file").unique().to_pylist()
-            }
+            tables = (read_records(corpus, file) for file in increment.records)
+            ids = {name for table in tables for name in table.column("file").unique().to_pylist()}
         except CorpusError as error:
             if number >= len(listing):
                 raise CorpusError(
@@ -198,7 +195,7 @@ class Builder:
                 continue
             names = ("file", "row", "sha256")
             try:
-                tables = (_records(self._corpus, file), self._scanned(range_))
+                tables = (read_records(self._corpus, file), self._scanned(range_))
             except CorpusError:  # the manifest is an older one, or damage came to the change
                 break
             was, is_ = (
@@ -215,13 +212,13 @@ class Builder:
         def scan(index: int) -> pa.Table:
             return self._scanned(ranges[index])
 
+        files = [range_.records for increment in before for range_ in increment.ranges]
         firsts = first_rows(scan, [[p.file.id for p in range_.pieces] for range_ in ranges])
         letters = select(
             Scans(len(ranges), scan, firsts),
-            lambda: (
-                _records(self._corpus, range_.records)
-                for increment in before
-                for range_ in increment.ranges
+            Earlier(
+                sum(file.records for file in files),
+                lambda: (read_records(self._corpus, file) for file in files),
             ),
             self._settings.near_duplicates,
             self._settings.validation_fraction,
@@ -272,7 +269,3 @@ class Builder:
 
 def _records_of(range_: Finished) -> int:
     return range_.records.records
-
-
-def _records(corpus: str, file: RecordsFile) -> pa.Table:
-    return records.from_bytes(read_records(corpus, file))

@@ -215,14 +215,8 @@ def _tables(corpus: Location, manifest: Manifest, number: int) -> Iterator[pa.Ta
 
 
 def _tokenizer(manifest: Manifest) -> dict[str, Any]:
-    info = manifest.tokenizer
-    return {
-        "kind": info.kind,
-        "vocab_size": info.vocab_size,
-        "fingerprint": info.fingerprint,
-        "token_offset": info.token_offset,
-        "dtype": info.dtype,
-    }
+    """Without where its file lies, which the plan decides."""
+    return dataclasses.asdict(dataclasses.replace(manifest.tokenizer, file=None))
 
 
 def _ancestor(ours: Manifest, theirs: Manifest) -> tuple[Side, int] | None:

@@ -22,6 +22,7 @@ from pipeline.sources import CORPUS_MARKER, SourceFile
 from pipeline.storage import LocalStore, Store
 
 SHARDS = "shards"
+SCANS = "scan"
 _LISTING = "listing.json"
 
 
@@ -87,7 +88,7 @@ def claim(output: Store) -> Iterator[None]:
             yield  # closing the file gives the lock back, and so does any death
         except CorpusError:
             if new and not (output.root / SHARDS).exists():
-                shutil.rmtree(output.root / "scan", ignore_errors=True)
+                shutil.rmtree(output.root / SCANS, ignore_errors=True)
                 (output.root / CORPUS_MARKER).unlink(missing_ok=True)
                 if not there:
                     with contextlib.suppress(OSError):
@@ -142,6 +143,6 @@ def tidy(output: Store, manifest: Manifest) -> None:
         if entry.name not in named:
             output.remove(entry.name)
     if isinstance(output, LocalStore):
-        for folder in [output.root / "scan", *(output.root / SHARDS).iterdir()]:
+        for folder in [output.root / SCANS, *(output.root / SHARDS).iterdir()]:
             with contextlib.suppress(OSError):
                 folder.rmdir()

@@ -6,9 +6,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from pipeline import records
 from pipeline.manifest import Manifest, RecordsFile, read_records
-from pipeline.shards import damaged
 from pipeline.storage import Location
 
 
@@ -29,11 +27,7 @@ def corpus_records(corpus: Location, manifest: Manifest) -> Iterator[RangeRecord
     """
     for number, increment in enumerate(manifest.increments):
         for file in increment.records:
-            data = read_records(corpus, file)
-            try:
-                yield RangeRecords(number, file, records.from_bytes(data))
-            except pa.ArrowInvalid as error:
-                raise damaged(f"{corpus}/{file.path}", str(error).splitlines()[0]) from None
+            yield RangeRecords(number, file, read_records(corpus, file))
 
 
 def shard_path(file: RecordsFile, split: str) -> str:
@@ -44,7 +38,7 @@ def shard_path(file: RecordsFile, split: str) -> str:
 
 def rows(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """These columns, row by row."""
-    # By Python's lists: pyarrow's way to a filter or to NumPy imports pandas, which takes a second.
+    # By Python's lists: pyarrow's ways to a filter or to NumPy import pandas (see `arrow_arrays`).
     return zip(*(table.column(name).to_pylist() for name in names), strict=True)
 
 

@@ -10,7 +10,6 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -89,12 +88,7 @@ class BatchStream(Iterator[Batch]):
     def __enter__(self) -> "BatchStream":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -121,7 +115,7 @@ def training_batches(
     show, and from `next` for a shard that is missing or damaged.
     """
     positions = _positions(rows, batch_size)
-    weights = {corpus: 1} if not isinstance(corpus, Mixture) else corpus.weights
+    weights = corpus.weights if isinstance(corpus, Mixture) else {str(corpus): 1}
     mixed = mixed_windows(
         weights,
         split,

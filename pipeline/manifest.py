@@ -14,6 +14,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
+from pipeline import records
 from pipeline.errors import CorpusError, NewerFormatError
 from pipeline.shards import Shard, damaged
 from pipeline.sources import CORPUS_MARKER
@@ -166,8 +169,11 @@ class Manifest:
         return self.splits[name]
 
 
-def read_records(corpus: Location, file: RecordsFile) -> bytes:
-    """A records file, checked; raises `CorpusError` naming it if it is missing or damaged."""
+def read_records(corpus: Location, file: RecordsFile) -> pa.Table:
+    """What became of the records of a range, as `records.with_fates` made it.
+
+    Raises `CorpusError` naming the file if it is missing or damaged.
+    """
     store = open_store(corpus)
     path = f"{store.location}/{file.path}"
     try:
@@ -176,7 +182,7 @@ def read_records(corpus: Location, file: RecordsFile) -> bytes:
         raise damaged(path, "the file is missing") from None
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise damaged(path, "it was changed")
-    return data
+    return records.from_bytes(data)
 
 
 def tokenizer_of(corpus: Location, manifest: Manifest) -> Tokenizer:

@@ -25,8 +25,7 @@ import numpy.typing as npt
 from pipeline.errors import CorpusError
 from pipeline.manifest import Manifest, Split, TokenizerInfo
 from pipeline.order import Order, mix
-from pipeline.storage import Location
-from pipeline.windows import WindowMode, Windows
+from pipeline.windows import WindowMode, Windows, window_count
 
 LARGEST_PERIOD = 4096
 """Most that whole weights may add up to: a period is the work of finding one row in it."""
@@ -140,8 +139,8 @@ class Mixture:
     ) -> list[float]:
         """How many epochs of each corpus so many rows of training are."""
         lengths = [
-            len(Windows(c.path, "train", sequence_length=sequence_length, mode=window))
-            for c in self.corpora
+            window_count(corpus.manifest.split("train"), sequence_length, window)
+            for corpus in self.corpora
         ]
         return [
             rows * corpus.weight / self.period / length
@@ -247,7 +246,7 @@ class MixedWindows(NamedTuple):
 
 
 def mixed_windows(
-    weights: Mapping[str, int] | Mapping[Path, int] | Mapping[Location, int],
+    weights: Mapping[str, int],
     split: str,
     *,
     sequence_length: int,

@@ -7,10 +7,9 @@ from typing import BinaryIO
 
 from pipeline.contents import BLOCK_BYTES, Content, Piece, Rejected
 from pipeline.errors import CorpusError
+from pipeline.splits import SPLITS
 from pipeline.streams import read_file
 from pipeline.zips import Member, open_zip
-
-SPLITS = ("train", "validation", "test")
 
 ENWIK8_BYTES = 100_000_000
 ENWIK8_SPLITS = (90_000_000, 95_000_000)

@@ -10,8 +10,11 @@ import hashlib
 import io
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
+
+from pipeline import arrow_arrays
 
 _SCANNED = [
     pa.field("file", pa.string(), nullable=False),
@@ -52,19 +55,26 @@ def with_fates(scanned: pa.Table, **columns: list) -> pa.Table:
     tokenizer names (`tokens_sha256`)."""
     at = scanned.schema.get_field_index("reason")
     reason = scanned.schema.field(at)
-    table = scanned.set_column(at, reason, pa.array(columns["reason"], reason.type))
+    table = scanned.set_column(at, reason, _array(columns["reason"], reason.type))
     for field in _WRITTEN:
-        table = table.append_column(field, pa.array(columns[field.name], field.type))
+        table = table.append_column(field, _array(columns[field.name], field.type))
     return table
 
 
 def table(rows: list[dict[str, Any]], columns: pa.Schema) -> pa.Table:
     """The records as a table."""
-    # Column by column: pa.Table.from_pylist would import pandas, which takes a second.
     return pa.Table.from_arrays(
-        [pa.array([row[field.name] for row in rows], field.type) for field in columns],
+        [_array([row[field.name] for row in rows], field.type) for field in columns],
         schema=columns,
     )
+
+
+def _array(values: list, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_string(kind):
+        return arrow_arrays.texts([value.encode() for value in values])
+    if pa.types.is_fixed_size_binary(kind):
+        return arrow_arrays.hashes(values, kind.byte_width)
+    return arrow_arrays.numbers(kind, np.array(values, np.dtype(str(kind))))
 
 
 def to_bytes(records: pa.Table) -> bytes:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 
 from pipeline import records
+from pipeline.corpus_folder import SCANS
 from pipeline.filters import FilterSettings, scan
 from pipeline.formats import FormatSettings, Rejected
 from pipeline.near_duplicates import NearDuplicateSettings
@@ -17,9 +18,6 @@ from pipeline.normalization import Normalization, normalize
 from pipeline.ranges import Range, read_range
 from pipeline.splits import named_split
 from pipeline.storage import open_store
-
-SCANS = "scan"
-"""Folder of the results, in the corpus; it goes when the corpus is complete."""
 
 # Raise it when a scan would find something else in the same files.
 _VERSION = 1

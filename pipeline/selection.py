@@ -45,6 +45,14 @@ class Scans(NamedTuple):
     """For each range and piece the number of records of its file that come before."""
 
 
+class Earlier(NamedTuple):
+    """The records of the increments before."""
+
+    n_records: int
+    tables: Callable[[], Iterable[pa.Table]]
+    """Read anew at each call."""
+
+
 class Seen:
     """The contents that are in the corpus already: what would be a duplicate.
 
@@ -99,7 +107,7 @@ def first_rows(
     before: dict[str, int] = {}
     firsts = []
     for index, files in enumerate(pieces):
-        counts = np.bincount(scans(index).column("piece").to_numpy(), minlength=len(files))
+        counts = np.bincount(scans(index).column("piece").to_pylist(), minlength=len(files))
         firsts.append([])
         for file, count in zip(files, counts.tolist(), strict=True):
             firsts[-1].append(before.get(file, 0))
@@ -109,7 +117,7 @@ def first_rows(
 
 def select(
     scans: Scans,
-    there: Callable[[], Iterable[pa.Table]],
+    earlier: Earlier,
     near: NearDuplicateSettings | None,
     validation: float,
     test: float,
@@ -117,8 +125,6 @@ def select(
     frozen: bool,
 ) -> list[bytes]:
     """Decide on each record; returns its letters [records] for each range.
-
-    `there` gives the records of the corpus that they are added to.
 
     Of documents with one content the first stays, those that the corpus itself names for a
     held-out split before others: so none that is held out is trained on. Then splits are drawn;
@@ -132,10 +138,11 @@ def select(
         for i in range(scans.n_ranges)
     ]
     # Near copies have no hash in common, so they are looked for in all of the corpus at once.
-    parts = 1 if near else 1 + sum(map(len, letters)) // _RECORDS_AT_ONCE
+    n_records = earlier.n_records + sum(map(len, letters))
+    parts = 1 if near else 1 + n_records // _RECORDS_AT_ONCE
     for part in range(parts):
         seen = Seen(near, part, parts)
-        for table in there():
+        for table in earlier.tables():
             seen.add(table)
         for turn in ({"test"}, {"validation"}, {"train", ""}):
             for index in range(scans.n_ranges):
@@ -144,10 +151,10 @@ def select(
         return [bytes(range_).replace(b"\0", b"t") for range_ in letters]
     try:
         _draw(scans, letters, validation, test)
+        if not any(TRAIN in range_ for range_ in letters):
+            raise CorpusError("no document is left to train on after filtering: add documents")
     except CorpusError as error:
         raise CorpusError(f"{error}{_dropped(scans, letters)}") from None
-    if not any(TRAIN in range_ for range_ in letters):
-        raise CorpusError("no document is left to train on after filtering: add documents")
     return [bytes(range_) for range_ in letters]
 
 

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from pipeline.cache_folder import CacheFolder, key_of
 from pipeline.errors import CorpusError
@@ -133,12 +132,7 @@ class ShardCache:
     def __enter__(self) -> "ShardCache":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- The thread that works ahead -------------------------------------------------------------

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.ipc
 
+from pipeline import arrow_arrays
 from pipeline.errors import CorpusError
 from pipeline.storage import Location, open_store
 
@@ -145,21 +146,19 @@ class ShardWriter:
         rows, self._rows, self._pending_bytes = self._rows, [], 0
         names = [row.doc_id.encode() for row in rows]
         item = self._schema.field("tokens").type.value_type
-        tokens = _column(item, np.concatenate([row.tokens for row in rows]))
+        tokens = arrow_arrays.numbers(item, np.concatenate([row.tokens for row in rows]))
         columns = [
-            pa.StringArray.from_buffers(
-                len(rows),
-                pa.py_buffer(_offsets(names, np.int32)),
-                pa.py_buffer(b"".join(names)),
-            ),
-            _column(pa.int32(), np.array([row.part for row in rows], np.int32)),
+            arrow_arrays.texts(names),
+            arrow_arrays.numbers(pa.int32(), np.array([row.part for row in rows], np.int32)),
             pa.LargeListArray.from_arrays(
-                _column(pa.int64(), _offsets([row.tokens for row in rows], np.int64)),
+                arrow_arrays.numbers(
+                    pa.int64(), arrow_arrays.offsets([row.tokens for row in rows], np.int64)
+                ),
                 tokens,
                 type=self._schema.field("tokens").type,
             ),
-            _column(pa.int64(), np.array([row.n_bytes for row in rows], np.int64)),
-            _column(pa.int64(), np.array([row.n_words for row in rows], np.int64)),
+            arrow_arrays.numbers(pa.int64(), np.array([row.n_bytes for row in rows], np.int64)),
+            arrow_arrays.numbers(pa.int64(), np.array([row.n_words for row in rows], np.int64)),
         ]
         self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
 
@@ -190,19 +189,21 @@ class ShardReader:
         self._ids = [batch.column(0) for batch in batches]
         for index, batch in enumerate(batches):
             column = batch.column(2)
-            offsets = _view(column.offsets, np.dtype(np.int64))
-            self._values.append(_view(column.values, dtype))
-            parts.append(_view(batch.column(1), np.dtype(np.int32)))
+            offsets = arrow_arrays.view(column.offsets, np.dtype(np.int64))
+            self._values.append(arrow_arrays.view(column.values, dtype))
+            parts.append(arrow_arrays.view(batch.column(1), np.dtype(np.int32)))
             lengths.append(np.diff(offsets))
             begins.append(offsets[:-1])
             batch_of_row.append(np.full(len(batch), index, np.int32))
-        self.lengths: npt.NDArray[np.int64] = _joined(lengths, np.int64)
+        self.lengths: npt.NDArray[np.int64] = arrow_arrays.joined(lengths, np.int64)
         """Tokens of each row [rows]."""
-        self.first_rows: npt.NDArray[np.int64] = np.flatnonzero(_joined(parts, np.int32) == 0)
+        self.first_rows: npt.NDArray[np.int64] = np.flatnonzero(
+            arrow_arrays.joined(parts, np.int32) == 0
+        )
         """The row at which each document begins [documents]."""
-        self._begins = _joined(begins, np.int64)
+        self._begins = arrow_arrays.joined(begins, np.int64)
         self._first_of_batch = np.cumsum([0, *(len(batch) for batch in batches)])
-        self._batch_of_row = _joined(batch_of_row, np.int32)
+        self._batch_of_row = arrow_arrays.joined(batch_of_row, np.int32)
         counts = (len(self.lengths), len(self.first_rows), int(self.lengths.sum()))
         expected = (shard.rows, shard.documents, shard.tokens)
         if counts != expected:
@@ -311,28 +312,8 @@ class _HashingFile:
         self._digest = hashlib.sha256()
 
 
-def _column(kind: pa.DataType, values: npt.NDArray) -> pa.Array:
-    """The values where they are. `pa.array` would import pandas, which takes a second."""
-    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
-
-
-def _view(array: pa.Array, dtype: np.dtype) -> npt.NDArray:
-    """The values of an array without nulls, where they are; without pandas, as above."""
-    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
-
-
-def _offsets(values: Sequence[bytes] | Sequence[npt.NDArray], dtype: npt.DTypeLike) -> npt.NDArray:
-    """Where each value begins when they are joined, and the end: [values + 1]."""
-    offsets = np.zeros(len(values) + 1, dtype)
-    np.cumsum([len(value) for value in values], out=offsets[1:])
-    return offsets
-
-
-def _joined(arrays: Sequence[npt.NDArray], dtype: npt.DTypeLike) -> npt.NDArray:
-    return np.concatenate([np.empty(0, dtype), *arrays])
-
-
 def damaged(path: Path | str, what: str) -> CorpusError:
+    """The error of a file of a corpus that is not what was written."""
     return CorpusError(
-        f"shard {path}: {what}; delete the file and run `tvq prepare` again with the same settings"
+        f"{path}: {what}; delete the file and run `tvq prepare` again with the same settings"
     )

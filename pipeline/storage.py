@@ -144,7 +144,7 @@ class LocalStore:
 
     def __init__(self, root: Path) -> None:
         """The folder need not exist."""
-        self.root = root.absolute()
+        self.root = root.expanduser().absolute()
         self.location = str(self.root)
 
     def path(self, name: str) -> Path:

@@ -34,4 +34,3 @@ def documents_of_shard(
         reader = ShardReader(cache.path(shard), shard, np.dtype(manifest.tokenizer.dtype))
         for rows in reader.documents():
             yield StoredDocument(reader.document_id(rows[0]), [reader.tokens(row) for row in rows])
-        cache.release(shard)

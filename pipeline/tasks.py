@@ -7,6 +7,14 @@ Run = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[i
 """Calls a function on each of the payloads, in any order; yields (index, result) as they end."""
 
 
+def run_here(
+    function: Callable[..., Any], payloads: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[int, Any]]:
+    """One after the other, in this process."""
+    for index, payload in enumerate(payloads):
+        yield index, function(*payload)
+
+
 class Progress(NamedTuple):
     """How far `prepare` is; reported after each finished range."""
 

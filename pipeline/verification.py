@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.arrow_arrays import joined, view
 from pipeline.contamination import ContaminationSettings, HeldOutIndex, held_out_hashes
 from pipeline.corpus_records import corpus_records, rows_with, shard_path
 from pipeline.errors import CorpusError
@@ -108,9 +109,9 @@ def _check_lengths(store: Store, manifest: Manifest) -> None:
         try:
             length = store.size(name)
         except FileNotFoundError:
-            raise _broken(path, "the file is missing") from None
+            raise damaged(path, "the file is missing") from None
         if expected not in (-1, length):
-            raise _broken(path, f"it has {length} bytes, the manifest says {expected}")
+            raise damaged(path, f"it has {length} bytes, the manifest says {expected}")
 
 
 def _tokenizer(store: Store, manifest: Manifest) -> Tokenizer:
@@ -119,7 +120,7 @@ def _tokenizer(store: Store, manifest: Manifest) -> Tokenizer:
     except (CorpusError, ValueError):  # some changed bytes are not even text
         if manifest.tokenizer.file is None:
             raise
-        raise _broken(f"{store.location}/{manifest.tokenizer.file}", "it was changed") from None
+        raise damaged(f"{store.location}/{manifest.tokenizer.file}", "it was changed") from None
 
 
 def _check_fields(store: Store, manifest: Manifest, tokenizer: Tokenizer) -> None:
@@ -143,7 +144,7 @@ def _check_records(store: Store, manifest: Manifest) -> int:
     for _, file, table in corpus_records(store.location, manifest):
         if len(table) != file.records:
             path = f"{store.location}/{file.path}"
-            raise _broken(path, f"it has {len(table)} records, the manifest says {file.records}")
+            raise damaged(path, f"it has {len(table)} records, the manifest says {file.records}")
         count += len(table)
         for (reason,) in rows_with(table, "split", "", ["reason"]):
             dropped[reason] = dropped.get(reason, 0) + 1
@@ -208,11 +209,11 @@ def _documents(store: Store, manifest: Manifest, shard: Shard, path: Path) -> It
         except pa.ArrowInvalid as error:
             raise damaged(where, str(error).splitlines()[0]) from None
         for field in ("n_bytes", "n_words"):
-            total = int(_values(batches, field, np.int64).sum())
+            total = sum(int(view(batch.column(field), np.int64).sum()) for batch in batches)
             if total != getattr(shard, field):
                 what = f"{field} is {total}, the manifest says {getattr(shard, field)}"
                 raise damaged(where, what)
-        parts = _values(batches, "part", np.int32)
+        parts = joined([view(batch.column("part"), np.int32) for batch in batches], np.int32)
     _check_parts(where, reader, parts)
     longest = 0
     for rows in reader.documents():
@@ -244,18 +245,6 @@ def _local(store: Store, shard: Shard) -> Iterator[Path]:
         yield cache.path(shard)
 
 
-def _values(
-    batches: Sequence[pa.RecordBatch], name: str, dtype: npt.DTypeLike
-) -> npt.NDArray[np.integer]:
-    """A column of numbers without nulls [rows]."""
-    parts = [np.empty(0, dtype)]
-    for batch in batches:
-        column = batch.column(name)
-        offset = column.offset * np.dtype(dtype).itemsize
-        parts.append(np.frombuffer(column.buffers()[1], dtype, len(column), offset))
-    return np.concatenate(parts)
-
-
 def _check_parts(where: str, reader: ShardReader, parts: npt.NDArray[np.integer]) -> None:
     """The parts of each document are numbered from 0 and bear its id."""
     numbers = np.arange(len(parts))
@@ -281,7 +270,7 @@ def _check_held_out_index(store: Store, manifest: Manifest, tokenizer: Tokenizer
     HeldOutIndex.build(hashes, settings).save(data)
     if store.read(manifest.held_out_index) != data.getvalue():
         path = f"{store.location}/{manifest.held_out_index}"
-        raise _broken(path, "it is not what the held-out documents say")
+        raise damaged(path, "it is not what the held-out documents say")
 
 
 def _held_out_hashes(
@@ -321,12 +310,6 @@ def _kept(store: Store, manifest: Manifest, split: str) -> Iterator[_Kept]:
 
 def _named(document: _Document) -> str:
     return f"{document.id!r} of {document.tokens} tokens {document.sha256[:8]}"
-
-
-def _broken(path: str, what: str) -> CorpusError:
-    return CorpusError(
-        f"{path}: {what}; delete the file and run `tvq prepare` again with the same settings"
-    )
 
 
 def _untrue(store: Store, what: str, found: object, said: object, more: str = "") -> CorpusError:

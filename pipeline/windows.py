@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import CorpusError
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, Split
 from pipeline.shard_cache import ShardCache, default_folder
 from pipeline.shards import ShardReader
 from pipeline.storage import LocalStore, Location, open_store
@@ -34,6 +34,13 @@ class _Mapped(NamedTuple):
     begins: npt.NDArray[np.int64]
     """Position at which each row begins, and the end of the last [rows + 1]; in stream mode the
     eos of a document belongs to its last row."""
+
+
+def window_count(split: Split, sequence_length: int, mode: WindowMode) -> int:
+    """The number of windows of a split; T is `sequence_length`."""
+    if mode == "document":
+        return split.documents
+    return -(-(split.tokens + split.documents) // sequence_length)
 
 
 class Windows:
@@ -67,7 +74,7 @@ class Windows:
         self.manifest = Manifest.load(corpus)
         self.split = self.manifest.split(split)
         self.sequence_length = sequence_length
-        self._mode = mode
+        self._mode: WindowMode = mode
         self._dtype = np.dtype(self.manifest.tokenizer.dtype)
         self._offset = np.int32(self.manifest.tokenizer.token_offset)
         shards = self.split.shards
@@ -97,7 +104,7 @@ class Windows:
 
     def __len__(self) -> int:
         """The number of windows."""
-        return int(self.shard_windows[-1])
+        return window_count(self.split, self.sequence_length, self._mode)
 
     @functools.cached_property
     def shard_windows(self) -> npt.NDArray[np.int64]:

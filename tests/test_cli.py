@@ -170,3 +170,10 @@ def test_defect_of_ours_shows_its_traceback(workplace):
     )
     assert run.returncode == ExitCode.INTERNAL
     assert "Traceback" in run.stderr
+
+
+def test_the_formats_offered_are_those_there_are():
+    from jobs import cli_data
+    from pipeline.formats import KINDS
+
+    assert cli_data._KINDS == KINDS  # said twice, so that `tvq --help` need not load the pipeline

@@ -17,8 +17,8 @@ from pipeline.prepare import Prepared, prepare
 from pipeline.sentencepiece_tokenizer import SentencePieceSettings
 from pipeline.sources import SourceSettings
 from pipeline.storage import open_store
+from pipeline.tasks import run_here
 from pipeline.verification import verify
-from tests.pipeline.serial import serial
 from tests.pipeline.test_corpus_in_a_bucket import stored
 from tests.pipeline.test_increments import files, plant
 
@@ -27,7 +27,7 @@ def make(source: Path, corpus: Path | str, **changed) -> Prepared:
     options = {k: changed.pop(k) for k in ("refresh_held_out",) if k in changed}
     changed.setdefault("shard_bytes", 2000)
     wanted = PrepareSettings(SourceSettings((str(source),)), **changed)
-    return prepare(wanted, corpus, serial, **options)
+    return prepare(wanted, corpus, run_here, **options)
 
 
 EVERYTHING = {

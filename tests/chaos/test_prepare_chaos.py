@@ -24,8 +24,8 @@ from pipeline.plan import PrepareSettings
 from pipeline.prepare import prepare
 from pipeline.sentencepiece_tokenizer import SentencePieceSettings
 from pipeline.sources import SourceSettings
+from pipeline.tasks import run_here
 from pipeline.verification import verify
-from tests.pipeline.serial import serial
 from tests.pipeline.test_increments import files
 
 ROOT = Path(__file__).parents[2]
@@ -161,7 +161,7 @@ def source(tmp_path_factory) -> Path:
 def undisturbed(source, tmp_path_factory) -> dict[str, bytes]:
     """The corpus with everything."""
     corpus = tmp_path_factory.mktemp("undisturbed") / "corpus"
-    prepare(PrepareSettings(SourceSettings((str(source),)), **SETTINGS), corpus, serial)
+    prepare(PrepareSettings(SourceSettings((str(source),)), **SETTINGS), corpus, run_here)
     return files(corpus)
 
 
@@ -174,7 +174,7 @@ def count(corpus: Path, pattern: str) -> int:
 def test_killed_while_it_writes_and_taken_up(run, source, tmp_path):
     """The quick one of the kills: SIGKILL of the process, then the same command."""
     corpus, clean = tmp_path / "corpus", tmp_path / "clean"
-    prepare(PrepareSettings(SourceSettings((str(source),))), clean, serial)
+    prepare(PrepareSettings(SourceSettings((str(source),))), clean, run_here)
     with run(source, corpus) as running:
         assert running.wait_for(lambda: count(corpus, "shards/*/range-*.json") >= 2)
         running.kill()
@@ -298,7 +298,7 @@ def test_a_full_disk_is_one_line_and_room_lets_it_finish(run, small_disk, source
     before, whole = finished(corpus), files(corpus)
     plant(few, 240)
     clean = tmp_path / "clean"
-    prepare(PrepareSettings(SourceSettings((str(few),))), clean, serial)
+    prepare(PrepareSettings(SourceSettings((str(few),))), clean, run_here)
     with run(few, corpus) as running:
         assert_refused_for_the_disk(*running.ended())
     assert before.items() <= finished(corpus).items()
@@ -316,13 +316,13 @@ def test_a_full_disk_without_ray(small_disk, tmp_path):
     """The same in this process: a new corpus, whose folder stays to be gone on with."""
     plant(tmp_path / "source", 60)
     wanted = PrepareSettings(SourceSettings((str(tmp_path / "source"),)), shard_bytes=300_000)
-    prepare(wanted, tmp_path / "clean", serial)
+    prepare(wanted, tmp_path / "clean", run_here)
     disk = small_disk(2)
     with pytest.raises(CorpusError, match="No space left on device"):
-        prepare(wanted, disk / "corpus", serial)
+        prepare(wanted, disk / "corpus", run_here)
     assert not list(disk.rglob("*.tmp"))
     there = count(disk, "corpus/shards/*/range-*.json")
     assert there > 2
     small_disk(50)
-    assert prepare(wanted, disk / "corpus", serial).resumed_shards >= there
+    assert prepare(wanted, disk / "corpus", run_here).resumed_shards >= there
     assert files(disk / "corpus") == files(tmp_path / "clean")

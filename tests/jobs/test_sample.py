@@ -28,8 +28,8 @@ from pipeline.formats import FormatSettings
 from pipeline.plan import PrepareSettings
 from pipeline.prepare import prepare
 from pipeline.sources import SourceSettings
+from pipeline.tasks import run_here
 from tests.pipeline.corpora import write_corpus
-from tests.pipeline.serial import serial
 
 MODEL = ModelConfig(n_layers=1, d_model=8, d_key=4, d_value=8, n_codes=4, block_length=4)
 ASCII = np.zeros(MODEL.vocab_size, bool)
@@ -207,7 +207,7 @@ def test_a_model_of_pictures_draws_them_into_files(trained, tmp_path, monkeypatc
         format=FormatSettings(kind="images"),
         tokenizer="image-64x64x3",
     )
-    prepare(wanted, tmp_path / "corpus", serial)
+    prepare(wanted, tmp_path / "corpus", run_here)
     data = replace(trained.recipe.data, corpus=str(tmp_path / "corpus"), window="document")
     params = {**trained.params, "output": {**trained.params["output"]}}
     params["output"]["bias"] = jnp.full(259, -100.0).at[N_SPECIAL + 7].set(0.0).at[EOS_ID].set(9.0)

@@ -1,6 +1,6 @@
 """Corpora made the real way, in this process."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,7 @@ import pyarrow.ipc
 from pipeline.manifest import Manifest
 from pipeline.prepare import PrepareSettings, prepare
 from pipeline.sources import SourceSettings
-
-
-def serial(function: Callable[..., Any], payloads: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
-    """What Ray does, one after the other."""
-    for index, payload in enumerate(payloads):
-        yield index, function(*payload)
+from pipeline.tasks import run_here
 
 
 def make_corpus(folder: Path, corpus: Path, texts: Mapping[str, bytes], **changed: Any) -> Manifest:
@@ -26,7 +21,7 @@ def make_corpus(folder: Path, corpus: Path, texts: Mapping[str, bytes], **change
         path.write_bytes(text)
     changed.setdefault("shard_bytes", 2000)
     return prepare(
-        PrepareSettings(SourceSettings((str(folder),)), **changed), corpus, serial
+        PrepareSettings(SourceSettings((str(folder),)), **changed), corpus, run_here
     ).manifest
 
 

@@ -14,16 +14,15 @@ from pipeline.plan import PrepareSettings
 from pipeline.prepare import prepare
 from pipeline.sources import SourceSettings
 from pipeline.storage import open_store
+from pipeline.tasks import run_here
 from pipeline.verification import verify
 from tests.pipeline.test_increments import files, plant
 
 
 def make(source: str | Path, corpus: str | Path):
-    def run(function, payloads):
-        for index, payload in enumerate(payloads):
-            yield index, function(*payload)
-
-    return prepare(PrepareSettings(SourceSettings((str(source),)), shard_bytes=2000), corpus, run)
+    return prepare(
+        PrepareSettings(SourceSettings((str(source),)), shard_bytes=2000), corpus, run_here
+    )
 
 
 @pytest.fixture

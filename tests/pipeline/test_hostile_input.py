@@ -33,8 +33,9 @@ from pipeline.prepare import prepare
 from pipeline.sentencepiece_tokenizer import SentencePieceSettings
 from pipeline.sources import SourceSettings
 from pipeline.stored_documents import stored_documents
+from pipeline.tasks import run_here
 from pipeline.verification import verify
-from tests.pipeline.serial import contents, make_corpus, serial
+from tests.pipeline.serial import contents, make_corpus
 from tests.pipeline.test_increments import files, text
 
 ORDINARY = {f"{i}.txt": text(i).encode() for i in range(8)}
@@ -80,7 +81,7 @@ def plant(folder: Path, texts: dict[str, bytes]) -> Path:
 
 def again(source: Path | str, corpus: Path, **changed: Any):
     changed.setdefault("shard_bytes", 2000)
-    return prepare(PrepareSettings(SourceSettings((str(source),)), **changed), corpus, serial)
+    return prepare(PrepareSettings(SourceSettings((str(source),)), **changed), corpus, run_here)
 
 
 def refused(source: Path | str, corpus: Path, **changed: Any) -> str:
@@ -108,7 +109,7 @@ def test_what_is_in_files_and_their_names_is_kept_exactly(tmp_path):
     assert verify(tmp_path / "corpus").documents == len(texts)
     listed = [f"{tmp_path / 'source'}/{name}" for name in STRANGE if "/" not in name]
     named = PrepareSettings(SourceSettings(tuple(listed)))
-    made = prepare(named, tmp_path / "named", serial).manifest  # each by itself, no pattern
+    made = prepare(named, tmp_path / "named", run_here).manifest  # each by itself, no pattern
     assert contents(tmp_path / "named", made).keys() == {n for n in STRANGE if "/" not in n}
 
 
@@ -258,7 +259,7 @@ def test_no_two_documents_have_one_id(tmp_path):
     assert contents(corpus, again(source, corpus).manifest)["a.jsonl#one"][1] == b"another"
     other = plant(tmp_path / "other", {"0.txt": b"in another folder"})
     with pytest.raises(CorpusError, match=r"would both be document '0\.txt'"):
-        prepare(PrepareSettings(SourceSettings((str(source), str(other)))), corpus, serial)
+        prepare(PrepareSettings(SourceSettings((str(source), str(other)))), corpus, run_here)
 
 
 def test_records_that_are_none_are_counted_among_those_that_are(tmp_path):

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import records, selection
-from pipeline.selection import LETTERS, Scans, first_rows, select
+from pipeline.filters import ExactDuplicates
+from pipeline.selection import LETTERS, Earlier, Scans, first_rows, select
 from pipeline.splits import SPLITS
 
 record = st.tuples(
@@ -62,7 +63,7 @@ def test_one_of_each_content_and_held_out_ones_first(monkeypatch, ranges, at_onc
     if 0 < drawn < 3 or not (drawn or trains):
         return  # too few to draw from, or nothing to train on: refused, see below
     monkeypatch.setattr(selection, "_RECORDS_AT_ONCE", at_once)
-    letters = b"".join(select(scans(ranges), lambda: (), None, 0.1, 0.1, frozen=False))
+    letters = b"".join(select(scans(ranges), Earlier(0, lambda: ()), None, 0.1, 0.1, frozen=False))
     found = [
         SPLITS[LETTERS.index(letter)] if letter in LETTERS else chr(letter) for letter in letters
     ]
@@ -91,7 +92,9 @@ def test_what_comes_later_trains_unless_it_was_there(monkeypatch, first, later, 
             ],
         }
     )
-    chosen = select(scans(later), lambda: (earlier,), None, 0.1, 0.1, frozen=True)
+    chosen = select(
+        scans(later), Earlier(len(earlier), lambda: (earlier,)), None, 0.1, 0.1, frozen=True
+    )
     flat = [r for range_ in later for r in range_]
     for (content, split, good), letter in zip(flat, b"".join(chosen).decode(), strict=True):
         if not good:
@@ -101,3 +104,21 @@ def test_what_comes_later_trains_unless_it_was_there(monkeypatch, first, later, 
         else:
             assert letter == ("d" if content in there else "t")
             there.add(content)
+
+
+def test_what_is_held_at_once_does_not_grow_with_the_corpus(monkeypatch):
+    held: list[int] = []
+
+    class Counted(ExactDuplicates):
+        def is_duplicate(self, digest: bytes) -> bool:
+            found = super().is_duplicate(digest)
+            held.append(len(self._seen))
+            return found
+
+    monkeypatch.setattr(selection, "ExactDuplicates", Counted)
+    monkeypatch.setattr(selection, "_RECORDS_AT_ONCE", 50)
+    digests = [hashlib.sha256(b"%d" % number).digest() for number in range(2000)]
+    earlier = pa.table({"split": ["train"] * 2000, "sha256": digests})
+    select(scans([[("a", "", True)]]), Earlier(2000, lambda: (earlier,)), None, 0, 0, frozen=True)
+    assert len(held) == 2001
+    assert max(held) < 100

@@ -360,3 +360,9 @@ def test_credentials_that_are_named_but_missing(monkeypatch, tmp_path):
     google_storage._connect.cache_clear()
     with pytest.raises(CorpusError, match=r"GOOGLE_APPLICATION_CREDENTIALS=.*none.json.*not found"):
         open_store("gs://bucket/x").read("f")
+
+
+def test_a_path_of_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    open_store("~/corpora/books").write("a", b"1")
+    assert (tmp_path / "corpora" / "books" / "a").read_bytes() == b"1"
