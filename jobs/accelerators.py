@@ -3,71 +3,16 @@
 Needs neither Ray nor JAX. A recipe is checked with it before anything starts.
 """
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs.errors import UserError
+from jobs.tpu_slices import Slice, ray_name, tpu_slice
 from model.config import ConfigError
 
 if TYPE_CHECKING:
     from jobs.recipe import ClusterConfig
-
-
-# ---- TPU slices ----------------------------------------------------------------------------------
-
-_FLAT = ("1x1", "2x2", "2x4", "2x8", "4x4", "4x8", "8x8", "8x16", "16x16")
-_SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-
-
-class _Generation(NamedTuple):
-    ray_name: str
-    largest: tuple[int, int, int] | None  # of the topologies in three dimensions; None: two
-
-
-_GENERATIONS = {
-    # Those of which JAX shows a chip as one device (v2, v3 and v7x: two).
-    "v4": _Generation("TPU-V4", (12, 12, 16)),
-    "v5e": _Generation("TPU-V5LITEPOD", None),
-    "v5p": _Generation("TPU-V5P", (16, 16, 24)),
-    "v6e": _Generation("TPU-V6E", None),
-}
-
-
-class Slice(NamedTuple):
-    """A TPU slice: hosts whose chips are wired to each other. Ray hands it out whole."""
-
-    hosts: int
-    chips_per_host: int
-
-
-def tpu_slice(version: str, topology: str) -> Slice:
-    """The slice of that topology.
-
-    Raises:
-        ConfigError: there is none, naming those that there are.
-    """
-    sizes = [int(size) if size.isascii() and size.isdigit() else 0 for size in topology.split("x")]
-    largest = _GENERATIONS[version].largest
-    if largest is None:
-        known, allowed = topology in _FLAT, ", ".join(_FLAT)
-    else:
-        blocks = len(sizes) == 3 and all(
-            size and size % 4 == 0 and size <= most
-            for size, most in zip(sizes, largest, strict=True)
-        )
-        # 04x4x4 is none, though int() reads it.
-        known = topology in _SMALL_CUBES or (blocks and topology == "x".join(map(str, sizes)))
-        most = "x".join(map(str, largest))
-        allowed = f"{', '.join(_SMALL_CUBES)}, or multiples of 4 up to {most}"
-    if not known:
-        raise ConfigError(f"cluster.topology: no {version} slice is {topology}; use {allowed}")
-    chips = math.prod(sizes)
-    # A host has four chips; a v5e or v6e slice of up to eight is one host.
-    return Slice(1, chips) if largest is None and chips <= 8 and topology != "2x8" else Slice(
-        chips // 4, 4
-    )
 
 
 # ---- A worker ------------------------------------------------------------------------------------
@@ -76,7 +21,7 @@ def tpu_slice(version: str, topology: str) -> Slice:
 def devices_per_worker(cluster: "ClusterConfig") -> int:
     """The devices that each worker brings into the mesh."""
     if cluster.accelerator == "tpu":
-        return _slice_of(cluster).chips_per_host
+        return slice_of(cluster).chips_per_host
     return cluster.devices_per_worker or 1
 
 
@@ -92,7 +37,7 @@ def ray_accelerator_type(cluster: "ClusterConfig") -> str | None:
     """Ray's name for the kind of TPU; None for what is none."""
     if cluster.accelerator != "tpu":
         return None
-    return _GENERATIONS[cluster.accelerator_version or ""].ray_name
+    return ray_name(cluster.accelerator_version or "")
 
 
 def environment(cluster: "ClusterConfig", ours: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -212,12 +157,13 @@ def _slices(
     """By rank, the variables with which libtpu joins several slices; none for a single one."""
     if cluster.accelerator != "tpu":
         return [{} for _ in hosts]
-    hosts_per_slice = _slice_of(cluster).hosts
+    hosts_per_slice = slice_of(cluster).hosts
     count = len(hosts) // hosts_per_slice
     ids = [process // hosts_per_slice for process in process_ids(cluster, hosts)]
-    names = {(slice_id, host.slice_name) for slice_id, host in zip(ids, hosts, strict=True)}
-    if hosts_per_slice > 1 and len(names) != count:
-        found = sorted({str(host.slice_name) for host in hosts})
+    pairs = {(slice_id, host.slice_name) for slice_id, host in zip(ids, hosts, strict=True)}
+    names = {host.slice_name for host in hosts}
+    if hosts_per_slice > 1 and not len(pairs) == len(names) == count:
+        found = sorted(map(str, names))
         raise UserError(
             f"cluster.topology: {len(hosts)} workers were to fill {count} slices of"
             f" {cluster.topology}, {hosts_per_slice} hosts each, but Ray put them on"
@@ -241,6 +187,10 @@ def _slices(
 
 def check(cluster: "ClusterConfig") -> None:
     """Raises ConfigError, naming the field, where they cannot go together."""
+    if cluster.data != -1 and cluster.data < 1:
+        raise ConfigError(
+            f"cluster.data: must be at least 1, or -1 for all that is left, got {cluster.data}"
+        )
     tpu = cluster.accelerator == "tpu"
     for name, value, example in (
         ("topology", cluster.topology, "4x4"),
@@ -262,7 +212,7 @@ def check(cluster: "ClusterConfig") -> None:
     if not cluster.workers:
         return  # the devices of this process are known only there
     local = devices_per_worker(cluster)
-    if tpu and cluster.workers % (hosts := _slice_of(cluster).hosts):
+    if tpu and cluster.workers % (hosts := slice_of(cluster).hosts):
         raise ConfigError(
             f"cluster.workers: a {cluster.accelerator_version} slice of {cluster.topology} has"
             f" {hosts} hosts, each a worker, so it must be a multiple of {hosts},"
@@ -279,5 +229,5 @@ def check(cluster: "ClusterConfig") -> None:
         )
 
 
-def _slice_of(cluster: "ClusterConfig") -> Slice:
+def slice_of(cluster: "ClusterConfig") -> Slice:
     return tpu_slice(cluster.accelerator_version or "", cluster.topology or "")

@@ -1,6 +1,5 @@
 """`tvq inspect --step`: the documents and the text behind one batch of a training."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs import recipe as recipes
@@ -13,6 +12,7 @@ from jobs.run_directory import RunDirectory
 from pipeline.batch_contents import BatchRow, Span, batch_contents
 from pipeline.manifest import tokenizer_of
 from pipeline.mixture import Mixture
+from pipeline.storage import Location
 from pipeline.tokenizers import EOS, text_of
 
 _CHARACTERS = 100
@@ -49,7 +49,7 @@ def batch_command(
     step: int,
     *,
     run: str | None,
-    root: Path,
+    root: Location,
     options: BatchOptions,
     console: Console,
     as_json: bool = False,
@@ -108,7 +108,7 @@ def batch_command(
 def _of_run(run: RunDirectory) -> _Training:
     checkpoints = complete_checkpoints(run)
     # The newest checkpoint's recipe: a resumed run may have its corpus elsewhere by now.
-    text = checkpoints[-1].recipe if checkpoints else run.recipe.read_text(encoding="utf-8")
+    text = checkpoints[-1].recipe if checkpoints else run.recipe_text()
     recipe = recipes.from_yaml(text, f"the recipe of run {run.name}")
     mixture = Mixture.load(recipe.data.corpora)
     record = run.record()

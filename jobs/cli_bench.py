@@ -13,7 +13,8 @@ from jobs.cli_options import OrderedGroup, console, json_option
 Examples:
   tvq bench train small
   tvq bench attention small
-  tvq bench decode small""",
+  tvq bench decode small
+  tvq bench data""",
 )
 def bench() -> None:
     """Time the forms of attention against each other, and tokens far on against early ones."""
@@ -120,3 +121,32 @@ def bench_decode(as_json: bool, **options: Any) -> None:
     from jobs.bench_decode import decode_command
 
     decode_command(console=console(as_json), as_json=as_json, **options)
+
+
+@bench.command(
+    name="data",
+    epilog="""\b
+Examples:
+  tvq bench data
+  tvq bench data --megabytes 100 --rounds 3
+  tvq bench data --corpus ~/books --json""",
+)
+@click.option(
+    "--megabytes", type=click.FloatRange(1), default=1024, show_default=True,
+    help="Text that is prepared; the first files of --corpus have as much.",
+)  # fmt: skip
+@click.option("--corpus", metavar="FOLDER", help="Text files of your own, each a document.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option(
+    "--train-tokens-per-second", type=click.FloatRange(0, min_open=True), default=3542,
+    show_default=True, help="That a training of `small` reaches: see `tvq bench train small`.",
+)  # fmt: skip
+@json_option
+def bench_data(as_json: bool, **options: Any) -> None:
+    """Time the preparing and the loading of text, each beside a bare process doing the least.
+
+    Ratios are taken within a round, of CPU time and of wall-clock time.
+    """
+    from jobs.bench_data import data_command
+
+    data_command(console=console(as_json), as_json=as_json, **options)

@@ -13,10 +13,12 @@ import numpy.typing as npt
 
 from jobs.console import Console
 from jobs.errors import UserError
+from jobs.pictures import save_pictures
 from jobs.run_directory import RunDirectory
 from jobs.trained_model import TrainedModel, load_trained_model
 from pipeline.manifest import Manifest, tokenizer_of
-from pipeline.tokenizers import EOS, model_ids, text_of
+from pipeline.storage import Location
+from pipeline.tokenizers import EOS, ImageTokenizer, model_ids, text_of
 
 if TYPE_CHECKING:
     from model.sampling import Filters
@@ -27,7 +29,7 @@ class Sample(NamedTuple):
 
     prompt: str
     text: str
-    """What follows the prompt."""
+    """What follows the prompt; of a model of pictures, where the picture is."""
     tokens: int
     """Of the text."""
     ended: bool
@@ -35,7 +37,7 @@ class Sample(NamedTuple):
 
 
 def sample_command(
-    root: Path,
+    root: Location,
     name: str,
     *,
     prompts: Sequence[str] = (),
@@ -48,6 +50,7 @@ def sample_command(
     min_p: float = 0.0,
     ignore_eos: bool = False,
     seed: int,
+    output: Path | None = None,
     console: Console,
     as_json: bool = False,
 ) -> list[Sample]:
@@ -57,6 +60,8 @@ def sample_command(
     document. Each is gone on from `samples` times. A text ends where the model ends the
     document, or after `tokens` tokens. Sample s of prompt p is row p * samples + s, by which it
     draws: whatever else is sampled with it, the same row of the same seed reads the same.
+
+    A model of pictures draws whole ones, from nothing, and writes them into the folder `output`.
     """
     from model.sampling import Filters
 
@@ -72,18 +77,29 @@ def sample_command(
     trained = load_trained_model(run)
     corpus = trained.mixture().corpora[0].path  # those of a mixture have one tokenizer
     tokenizer = tokenizer_of(corpus, Manifest.load(corpus))
+    pictures = isinstance(tokenizer, ImageTokenizer)
+    if pictures and any(typed):
+        raise UserError(f"--prompt: run {run.name} is a model of pictures, which takes no text")
+    if not pictures and output is not None:
+        raise UserError(f"--output: run {run.name} writes text, not pictures; leave it out")
+    tokens = math.prod(tokenizer.shape) if pictures else tokens
+    # Every window that the model was trained on begins with eos.
+    begin = np.array([EOS], np.int32)
+    read = [np.append(begin, model_ids(tokenizer, text)) if text else begin for text in typed]
     began = time.monotonic()
     written = _write(
         trained,
-        # Every window that the model was trained on begins with eos.
-        [np.concatenate([[EOS], model_ids(tokenizer, text)]).astype(np.int32) for text in typed],
+        read,
         tokens,
         seed,
-        Filters(temperature, top_k, top_p, min_p, ignore_eos),
+        Filters(temperature, top_k, top_p, min_p, ignore_eos or pictures),
     )
     seconds = time.monotonic() - began
     drawn = []
-    for text, ids in zip(typed, written, strict=True):
+    if isinstance(tokenizer, ImageTokenizer):
+        paths = save_pictures(tokenizer, list(written), output or Path("samples"), run.name)
+        drawn = [Sample("", str(path), tokens, False) for path in paths]
+    for text, ids in () if pictures else zip(typed, written, strict=True):
         ends = np.flatnonzero(ids == EOS)
         count = int(ends[0]) if len(ends) else tokens
         follows = text_of(tokenizer, ids[:count])

@@ -40,7 +40,7 @@ def load_trained_model(run: RunDirectory) -> TrainedModel:
 
     checkpoints = complete_checkpoints(run)
     # The newest checkpoint's recipe: a resumed run may have its corpus elsewhere by now.
-    text = checkpoints[-1].recipe if checkpoints else run.recipe.read_text(encoding="utf-8")
+    text = checkpoints[-1].recipe if checkpoints else run.recipe_text()
     recipe = recipes.from_yaml(text, f"the recipe of run {run.name}")
     abstract = abstract_state(
         make_mesh(jax.devices()[:1]),

@@ -5,7 +5,7 @@ A micro-batches of b rows, B = A b rows of the batch, U tokens of an update, C c
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from model.config import ModelConfig
 from model.layers import Randomness
 from model.objective import Objective, objective
-from model.quantizer import Candidates, CodeStatistics
+from model.quantizer import Candidates
 from model.transformer import Cache, initial_cache
 
 
@@ -62,39 +62,45 @@ def accumulated_gradients(
     n_parts = len(batch.inputs)
     differentiate = jax.value_and_grad(functools.partial(objective, config=model), has_aux=True)
 
-    def one(part: tuple[Cache, MicroBatches, Array]) -> tuple[dict, Objective]:
+    def one(part: tuple[Cache, MicroBatches, Array]) -> tuple[tuple, Cache]:
+        """What adds up over micro-batches, and this one's cache."""
         cache, tokens, rows = part
         (_, parts), gradients = differentiate(
             params, codebooks, cache, *tokens, divisor, randomness._replace(rows=rows)
         )
-        return gradients, parts
+        return (gradients, parts.nats, parts.commitment, parts.statistics), parts.cache
+
+    def add(total: tuple, part: tuple[Cache, MicroBatches, Array]) -> tuple[tuple, Cache]:
+        summands, cache = one(part)
+        return jax.tree.map(_add, total, summands, is_leaf=_are_candidates), cache
 
     parts = (caches, batch, randomness.rows)
-    if n_parts == 1:  # no loop around a single pass: it would cost a copy of the gradients
-        gradients, sums = one(jax.tree.map(lambda leaf: leaf[0], parts))
-        return gradients, sums._replace(cache=jax.tree.map(lambda leaf: leaf[None], sums.cache))
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    if n_parts == 1:  # no loop around a single pass, whose sums would be copied once more
+        (gradients, nats, commitment, statistics), cache = one(first)
+        caches = jax.tree.map(lambda leaf: leaf[None], cache)
+        return gradients, Objective(nats, commitment, caches, statistics)
+    shapes, _ = jax.eval_shape(one, first)
+    room = min(model.n_codes, batch.inputs.size)
+    nothing = jax.tree.map(
+        lambda leaf: (
+            no_candidates(leaf, room)
+            if _are_candidates(leaf)
+            else jnp.zeros(leaf.shape, leaf.dtype)
+        ),
+        shapes,
+        is_leaf=_are_candidates,
+    )
+    (gradients, nats, commitment, statistics), caches = lax.scan(add, nothing, parts)
+    return gradients, Objective(nats, commitment, caches, statistics)
 
-    def add(total: tuple[dict, Objective], part: tuple) -> tuple[tuple[dict, Objective], Cache]:
-        gradients, sums = one(part)
-        sums, cache = sums._replace(cache=None), sums.cache
-        return jax.tree.map(
-            lambda ours, theirs: merge_candidates(ours, theirs)
-            if isinstance(ours, Candidates)
-            else ours + theirs,
-            total,
-            (gradients, sums),
-            is_leaf=lambda node: isinstance(node, Candidates),
-        ), cache
 
-    shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], parts))
-    gradients, sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    statistics: CodeStatistics | None = sums.statistics
-    if statistics is not None and statistics.candidates is not None:
-        room = min(model.n_codes, batch.inputs.size)
-        statistics = statistics._replace(candidates=no_candidates(statistics.candidates, room))
-    begin = (gradients, sums._replace(cache=None, statistics=statistics))
-    (gradients, sums), caches = lax.scan(add, begin, parts)
-    return gradients, sums._replace(cache=caches)
+def _are_candidates(node: Any) -> bool:
+    return isinstance(node, Candidates)
+
+
+def _add(total: Any, summand: Any) -> Any:
+    return merge_candidates(total, summand) if _are_candidates(total) else total + summand
 
 
 def no_candidates(like: Candidates, room: int) -> Candidates:

@@ -71,9 +71,12 @@ def increments(
                 for f in increment.records
                 for i in _records(corpus, f).column("file").unique().to_pylist()
             }
-        except CorpusError:
+        except CorpusError as error:
             if number >= len(listing):
-                raise
+                raise CorpusError(
+                    f"{corpus}: what it was made of is not known any more ({error}); restore that "
+                    "file, or make the corpus anew with --refresh-held-out"
+                ) from None
             ids = set(listing[number])  # the records will be made again
         if gone := sorted(ids - by_id.keys()):
             return [list(files)], f"{gone[0]} is no longer there"
@@ -194,7 +197,10 @@ class Builder:
             if content == file.content:
                 continue
             names = ("file", "row", "sha256")
-            tables = (_records(self._corpus, file), self._scanned(range_))
+            try:
+                tables = (_records(self._corpus, file), self._scanned(range_))
+            except CorpusError:  # the manifest is an older one, or damage came to the change
+                break
             was, is_ = (
                 list(zip(*(t.column(n).to_pylist() for n in names), strict=True)) for t in tables
             )

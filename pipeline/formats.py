@@ -99,6 +99,11 @@ def survey(
     To be called once, before any file is read, with the id of each file and what opens it; reads
     headers alone. Raises `CorpusError` for files that do not go together.
     """
+    if settings.kind == "enwik8" and settings.byte_splits is None and len(files) > 1:
+        raise CorpusError(
+            f"enwik8 is one file, and here are {len(files)}, {files[0][0]} and {files[1][0]}: give "
+            "the path of one"
+        )
     if settings.kind != "imagenet64":
         return settings
     first_rows = imagenet64.count_rows(files)

@@ -8,6 +8,9 @@ import numpy as np
 PART_BYTES = 4 * 1024 * 1024
 """The most bytes of a document that one row of a shard holds."""
 
+# Bytes whose words are counted at once: what is made of them stays in a core's cache.
+_AT_ONCE = 64 * 1024
+
 
 def cut_parts(blocks: Iterable[bytes], limit: int = PART_BYTES) -> Iterator[bytes]:
     """Cut a document, given in blocks, in parts of at most `limit` bytes; joined they are it.
@@ -57,12 +60,13 @@ class WordCounter:
 
     def count(self, part: bytes) -> int:
         """The words that begin in this part, which follows the parts counted before."""
-        if not part:
-            return 0
         values = np.frombuffer(part, np.uint8)
-        outside = values - np.uint8(9) < 5  # \t \n \v \f \r, for smaller ones wrap around
-        outside |= values == 32
-        begins = int(np.count_nonzero(outside[:-1] > outside[1:]))
-        begins += int(not outside[0] and not self._inside)
-        self._inside = not outside[-1]
+        begins = 0
+        for at in range(0, len(values), _AT_ONCE):
+            some = values[at : at + _AT_ONCE]
+            outside = some - np.uint8(9) < 5  # \t \n \v \f \r; what is smaller wraps around
+            outside |= some == 32
+            begins += int(np.count_nonzero(outside[:-1] > outside[1:]))
+            begins += int(not outside[0] and not self._inside)
+            self._inside = not outside[-1]
         return begins

@@ -11,6 +11,7 @@ A row is a document, or a part of a long one:
 eos is not stored: it comes from the borders of documents. Any Arrow reader opens the file.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -257,7 +258,9 @@ class _HashingFile:
     """A new file that sums its chunks as they are written; what Arrow needs of a Python file."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("xb", buffering=0)
+        self._folder = path.parent
+        with self._writing():
+            self._file = path.open("xb", buffering=0)
         self._digest = hashlib.sha256()
         self.length = 0
         self.sums: list[str] = []
@@ -268,7 +271,8 @@ class _HashingFile:
         at = 0
         while at < len(view):
             piece = view[at : at + CHUNK_BYTES - self.length % CHUNK_BYTES]
-            written = self._file.write(piece)
+            with self._writing():
+                written = self._file.write(piece)
             self._digest.update(piece[:written])
             self.length += written
             at += written
@@ -285,12 +289,22 @@ class _HashingFile:
     def finish(self) -> None:
         if self.length % CHUNK_BYTES:
             self._end_chunk()
-        os.fsync(self._file.fileno())
+        with self._writing():
+            os.fsync(self._file.fileno())
         self.close()
 
     def close(self) -> None:
         self._file.close()
         self.closed = True
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CorpusError(
+                f"{self._folder}: cannot be written ({error.strerror or error})"
+            ) from None
 
     def _end_chunk(self) -> None:
         self.sums.append(self._digest.hexdigest())

@@ -90,7 +90,8 @@ def list_files(settings: SourceSettings) -> list[SourceFile]:
     """Find the files of a source, sorted by id.
 
     Raises `CorpusError` for a path that does not exist or cannot be read, for a source in which no
-    file matches, for a name that is not valid UTF-8, and for two files with the same id.
+    file matches, for a name that is not valid UTF-8, and for two files with the same id or one that
+    a record of the other may have.
     """
     if not settings.paths:
         raise CorpusError("the source names no path: give a file or a folder")
@@ -105,6 +106,13 @@ def list_files(settings: SourceSettings) -> list[SourceFile]:
                     f"{file.path} and {other.path} would both be document {file.id!r}: "
                     "give their common parent folder as the one path, or leave one out"
                 )
+    for name, file in found.items():
+        first, mark, row = name.rpartition("#")
+        if mark and row.isdecimal() and first in found:
+            raise CorpusError(
+                f"{file.path}: its id could be that of a record of {first}, which are numbered: "
+                "rename one of them or leave it out"
+            )
     if not found:
         raise CorpusError(
             f"no file matches in {', '.join(settings.paths)}: include is "
@@ -115,7 +123,7 @@ def list_files(settings: SourceSettings) -> list[SourceFile]:
     return [found[name] for name in sorted(found)]
 
 
-# Most of the files of a corpus lie in one folder; to parse its name takes as long as reading a page.
+# Most files of a corpus lie in one folder, and to parse its name takes as long as to read a page.
 _store = functools.lru_cache(maxsize=16)(open_store)
 
 

@@ -192,6 +192,10 @@ class LocalStore:
             except FileExistsError:
                 # A network file system may have lost the answer to a link that it made.
                 return path.is_file() and path.read_bytes() == data
+            except OSError:
+                if path.exists():
+                    return False
+                temporary.replace(path)  # a file system without hard links
             sync_folder(path.parent)
             return True
 

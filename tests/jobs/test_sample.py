@@ -5,11 +5,13 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from jobs import sample
 from jobs.console import Console
@@ -22,7 +24,12 @@ from model import sampling
 from model.config import EOS_ID, N_SPECIAL, ModelConfig
 from model.training import initial_state
 from model.transformer import bind, initial_cache
+from pipeline.formats import FormatSettings
+from pipeline.plan import PrepareSettings
+from pipeline.prepare import prepare
+from pipeline.sources import SourceSettings
 from tests.pipeline.corpora import write_corpus
+from tests.pipeline.serial import serial
 
 MODEL = ModelConfig(n_layers=1, d_model=8, d_key=4, d_value=8, n_codes=4, block_length=4)
 ASCII = np.zeros(MODEL.vocab_size, bool)
@@ -188,3 +195,39 @@ def test_mistakes_name_the_option(command: Command, tmp_path: Path):
     ]:
         with pytest.raises(UserError, match=expected):
             command(**options)
+
+
+def test_a_model_of_pictures_draws_them_into_files(trained, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "photos"
+    source.mkdir()
+    for number in range(3):
+        Image.effect_noise((70, 64), 9 + number).convert("RGB").save(source / f"{number}.png")
+    wanted = PrepareSettings(
+        SourceSettings((str(source),)),
+        format=FormatSettings(kind="images"),
+        tokenizer="image-64x64x3",
+    )
+    prepare(wanted, tmp_path / "corpus", serial)
+    data = replace(trained.recipe.data, corpus=str(tmp_path / "corpus"), window="document")
+    params = {**trained.params, "output": {**trained.params["output"]}}
+    params["output"]["bias"] = jnp.full(259, -100.0).at[N_SPECIAL + 7].set(0.0).at[EOS_ID].set(9.0)
+    painter = trained._replace(recipe=replace(trained.recipe, data=data), params=params)
+    monkeypatch.setattr(sample, "load_trained_model", lambda run: painter)
+    monkeypatch.setattr(RunDirectory, "existing", RunDirectory.at)
+    options: Any = {"tokens": 5, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+    for _ in range(2):
+        sample.sample_command(
+            tmp_path, "run", samples=2, output=tmp_path / "out", console=Console(), **options
+        )
+    paths = sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in paths] == [f"run-000{number}.png" for number in range(4)]
+    assert capsys.readouterr().out.count("run-000") == 4
+    for path in paths:
+        assert (np.asarray(Image.open(path)) == np.full((64, 64, 3), 7)).all()
+    with pytest.raises(UserError, match="--prompt: run run is a model of pictures"):
+        sample.sample_command(tmp_path, "run", prompts=("a",), console=Console(), **options)
+
+
+def test_a_model_of_text_takes_no_folder_for_pictures(command, tmp_path):
+    with pytest.raises(UserError, match="--output: run run writes text, not pictures"):
+        command(output=tmp_path)

@@ -69,7 +69,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, capfd):
     writer = ShardWriter(tmp_path, "s.arrow", UINT8)
     try:
         writer.append(Row("doc", 0, np.zeros(20_000, np.uint8), 20_000, 0))
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(CorpusError, match=r"cannot be written \(File too large\)"):
             writer.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,0 +1,1 @@
+"""What kills, fills up, cuts off and stalls, made on purpose."""
