@@ -1,6 +1,5 @@
 """`tvq inspect --step`: the documents and the text behind one batch of a training."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs.console import Console
@@ -12,6 +11,7 @@ from jobs.trained_model import recipe_of, refuse_other_text
 from pipeline.batch_contents import BatchRow, Span, batch_contents
 from pipeline.manifest import tokenizer_of
 from pipeline.mixture import Mixture
+from pipeline.storage import Location
 from pipeline.tokenizers import EOS, text_of
 
 _CHARACTERS = 100
@@ -48,7 +48,7 @@ def batch_command(
     step: int,
     *,
     run: str | None,
-    root: Path,
+    root: Location,
     options: BatchOptions,
     console: Console,
     as_json: bool = False,

@@ -2,6 +2,7 @@
 
     checkpoints/00000200/state/         Orbax's sharded arrays
                          manifest.json  written last, by one host, after Orbax's commit
+                         pinned         there while no retention may remove it
 
 A checkpoint is complete or it does not exist. Needs no JAX, so that the driver can look.
 """
@@ -10,15 +11,17 @@ import functools
 import hashlib
 import json
 import logging
-import shutil
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import re
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jobs.errors import UserError
-from jobs.run_directory import RunDirectory, write_atomically
+from jobs.run_directory import RunDirectory
+from pipeline.storage import LocalStore, Store, open_store
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had no metrics."""
+_FILE = re.compile(r"checkpoints/(\d{8,})/(.+)")
 log = logging.getLogger("tvq.checkpoints")
 
 
@@ -43,6 +46,10 @@ class CheckpointManifest:
     """`leaf_sums` of the state."""
     files: dict[str, int]
     """Length in bytes of every file under `state/`."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the evaluation after this update, if there was one."""
+    created: float = 0.0
+    """Unix time at which the state was taken, seconds."""
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -53,13 +60,13 @@ def write(run: RunDirectory, manifest: CheckpointManifest) -> None:
     """Makes a checkpoint whose arrays are committed complete."""
     fields = asdict(manifest)
     fields["checksum"] = _checksum(fields)
-    path = checkpoint_folder(run, manifest.update) / "manifest.json"
-    write_atomically(path, json.dumps(fields, indent=1) + "\n")
+    text = json.dumps(fields, indent=1) + "\n"
+    checkpoint_store(run, manifest.update).write("manifest.json", text.encode())
 
 
-def checkpoint_folder(run: RunDirectory, update: int) -> Path:
-    """Where the checkpoint after `update` updates lies; absolute, as Orbax wants it."""
-    return (run.checkpoints / f"{update:08d}").absolute()
+def checkpoint_store(run: RunDirectory, update: int) -> Store:
+    """Where the checkpoint after `update` updates lies."""
+    return run.store.child(f"checkpoints/{update:08d}")
 
 
 def complete_checkpoints(run: RunDirectory) -> list[CheckpointManifest]:
@@ -69,16 +76,73 @@ def complete_checkpoints(run: RunDirectory) -> list[CheckpointManifest]:
 
     Raises:
         UserError: one has a newer format than this tvq reads.
+        CorpusError: the store cannot be read now.
     """
-    found = []
-    for path in sorted(run.checkpoints.glob("*/manifest.json")):
-        try:
-            found.append(_read(path))
-        except FileNotFoundError:
-            continue  # rank 0 removed it since it was listed
-        except DamagedCheckpointError as damage:
-            _log_once(f"checkpoint is damaged and skipped: {damage}")
-    return found
+    manifests, damages = readable_checkpoints(run)
+    for damage in damages:
+        _log_once(f"checkpoint is damaged and skipped: {damage}")
+    return manifests
+
+
+def readable_checkpoints(
+    run: RunDirectory,
+) -> tuple[list[CheckpointManifest], list["DamagedCheckpointError"]]:
+    """The checkpoints that exist, oldest first, and what is wrong with manifests left out."""
+    found, damages = [], []
+    for name, version in _files(run).items():
+        match = _FILE.fullmatch(name)
+        if match and match[2] == "manifest.json":
+            try:
+                found.append(_manifest(run, name, version))
+            except FileNotFoundError:
+                continue  # rank 0 removed it since it was listed
+            except DamagedCheckpointError as damage:
+                damages.append(damage)
+    return sorted(found, key=lambda manifest: manifest.update), damages
+
+
+def pinned_updates(run: RunDirectory) -> set[int]:
+    """The updates whose checkpoints no retention may remove."""
+    matches = map(_FILE.fullmatch, _files(run))
+    return {int(match[1]) for match in matches if match and match[2] == "pinned"}
+
+
+def unfinished_updates(run: RunDirectory) -> list[int]:
+    """The updates of which there are files, but no sound manifest: killed, damaged or going on."""
+    matches = [match for match in map(_FILE.fullmatch, _files(run)) if match]
+    complete = {manifest.update for manifest in readable_checkpoints(run)[0]}
+    return sorted({int(match[1]) for match in matches} - complete)
+
+
+def pin(run: RunDirectory, update: int, wanted: bool) -> None:
+    """Protects a checkpoint from every retention, or takes that back.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    manifest_of(run, update)
+    store = checkpoint_store(run, update)
+    if wanted:
+        store.write("pinned", b"")
+    else:
+        store.remove("pinned")
+
+
+def manifest_of(run: RunDirectory, update: int | None = None) -> CheckpointManifest:
+    """The manifest of one checkpoint; None: of the newest.
+
+    Raises:
+        UserError: there is no such checkpoint; lists those that are.
+    """
+    manifests = {manifest.update: manifest for manifest in complete_checkpoints(run)}
+    if not manifests:
+        raise UserError(f"run {run.name}: has no checkpoint")
+    if update is None:
+        return manifests[max(manifests)]
+    if update not in manifests:
+        known = ", ".join(map(str, manifests))
+        raise UserError(f"run {run.name}: has no checkpoint at update {update}; there are {known}")
+    return manifests[update]
 
 
 @functools.cache
@@ -88,9 +152,9 @@ def _log_once(message: str) -> None:
 
 def remove(run: RunDirectory, update: int) -> None:
     """Deletes a checkpoint; its manifest first, so that it is never half there."""
-    folder = checkpoint_folder(run, update)
-    (folder / "manifest.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    store = checkpoint_store(run, update)
+    store.remove("manifest.json")
+    store.remove_tree("")
 
 
 def newest_update(run: RunDirectory) -> int:
@@ -98,31 +162,42 @@ def newest_update(run: RunDirectory) -> int:
     return max((manifest.update for manifest in complete_checkpoints(run)), default=0)
 
 
-def file_lengths(folder: Path) -> dict[str, int]:
-    """Length in bytes of every file under `folder`, by its relative path."""
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def file_lengths(store: Store) -> dict[str, int]:
+    """Length in bytes of every file of a folder, by its relative path."""
+    return {entry.name: entry.size for entry in store.list()}
 
 
-def _read(path: Path) -> CheckpointManifest:
+def _files(run: RunDirectory) -> dict[str, str]:
+    """Every file below `checkpoints/`, by its name in the run, with its version."""
+    return {entry.name: entry.version for entry in run.store.list("checkpoints")}
+
+
+def _manifest(run: RunDirectory, name: str, version: str) -> CheckpointManifest:
+    if isinstance(run.store, LocalStore):  # its versions are times, too coarse to tell
+        return _read(run.store, name)
+    return _read_once(run.location, name, version)
+
+
+@functools.lru_cache(256)  # the driver looks every few seconds, and each reading is paid for
+def _read_once(location: str, name: str, _version: str) -> CheckpointManifest:
+    return _read(open_store(location), name)
+
+
+def _read(store: Store, name: str) -> CheckpointManifest:
+    where = f"{store.location}/{name}"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(store.read(name).decode("utf-8"))
         # First, in every format: else a flipped bit in the version asks for an upgrade.
         if fields.pop("checksum") != _checksum(fields):
-            raise DamagedCheckpointError(f"{path}: its checksum does not fit what it says")
+            raise DamagedCheckpointError(f"{where}: its checksum does not fit what it says")
         if fields["format_version"] > FORMAT_VERSION:
             raise UserError(
-                f"{path}: format {fields['format_version']} is newer than {FORMAT_VERSION}, which"
+                f"{where}: format {fields['format_version']} is newer than {FORMAT_VERSION}, which"
                 " this tvq reads; upgrade tvq"
             )
         return CheckpointManifest(**fields)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{path}: {error!r}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{where}: {error!r}") from None
 
 
 def _checksum(fields: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Saves a training's state with Orbax, in the background, and restores it on any mesh, verified.
+"""Restores a training's state on any mesh, verified.
 
 Orbax restores a flipped byte silently (12 of 12 tried), so the manifest holds a sum of every
 leaf's bits, which does not depend on the mesh, and the length of every file.
@@ -6,9 +6,7 @@ leaf's bits, which does not depend on the mesh, and the length of every file.
 
 import contextlib
 import logging
-import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,17 +16,19 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jobs.checkpoint_manifest import (
-    FORMAT_VERSION,
     CheckpointManifest,
     DamagedCheckpointError,
-    checkpoint_folder,
+    checkpoint_store,
     complete_checkpoints,
     file_lengths,
-    remove,
-    write,
+    readable_checkpoints,
 )
 from jobs.errors import UserError
-from jobs.run_directory import Fence, RunDirectory
+from jobs.recipe import from_yaml
+from jobs.run_directory import RunDirectory
+from model.sharding import abstract_state, make_mesh
+from model.training import initial_state
+from pipeline.storage import Store
 
 log = logging.getLogger("tvq.checkpoints")
 
@@ -62,97 +62,7 @@ def _mixed_sum(leaf: jax.Array) -> jax.Array:
     return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
-_jitted_leaf_sums = jax.jit(leaf_sums)
-
-
-class CheckpointWriter:
-    """Saves a training's state without stopping it.
-
-    Policy: `save` returns once the state is copied to host memory; a thread then waits for
-    Orbax's commit on all hosts, and on rank 0 checks the fence, writes the manifest and removes
-    all but the `keep` newest complete checkpoints. A second `save` first waits for the one before
-    it. A failure of the background part is raised by the next `save` or by `close`.
-    """
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        fence: Fence,
-        *,
-        keep: int,
-        recipe: str,
-        fingerprints: dict[str, str],
-    ):
-        self._run = run
-        self._fence = fence
-        self._keep = keep
-        self._recipe = recipe
-        self._fingerprints = fingerprints
-        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
-
-    def save(self, state: Any, *, update: int, next_batch: int, tokens: int) -> None:
-        """Begins to save `state` (sharded arrays); called by every host at the same update."""
-        self.wait()
-        if jax.process_index() == 0:
-            self._fence.check()
-            # What a killed or damaged attempt left: an old manifest must not meet new arrays.
-            remove(self._run, update)
-        folder = checkpoint_folder(self._run, update)
-        sums = _jitted_leaf_sums(state)
-        self._orbax.save(folder / "state", args=ocp.args.StandardSave(state), force=True)
-        self._thread = threading.Thread(
-            target=self._finish,
-            args=(folder, _signatures(state), sums, (update, next_batch, tokens)),
-            name="checkpoint",
-        )
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Until the last save is committed; raises what went wrong in it."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        if self._failure:
-            raise self._failure
-
-    def close(self) -> None:
-        """Waits for the last save and ends Orbax's threads."""
-        try:
-            self.wait()
-        finally:
-            self._orbax.close()
-
-    def _finish(
-        self,
-        folder: Path,
-        leaves: dict[str, str],
-        sums: dict[str, jax.Array],
-        position: tuple[int, int, int],
-    ) -> None:
-        update, next_batch, tokens = position
-        try:
-            self._orbax.wait_until_finished()
-            if jax.process_index() != 0:
-                return
-            manifest = CheckpointManifest(
-                format_version=FORMAT_VERSION,
-                update=update,
-                next_batch=next_batch,
-                tokens=tokens,
-                recipe=self._recipe,
-                fingerprints=self._fingerprints,
-                leaves=leaves,
-                sums={name: int(value) for name, value in jax.device_get(sums).items()},
-                files=file_lengths(folder / "state"),
-            )
-            self._fence.check()
-            write(self._run, manifest)
-            for old in complete_checkpoints(self._run)[: -self._keep]:
-                remove(self._run, old.update)
-        except BaseException as error:
-            self._failure = error
+jitted_leaf_sums = jax.jit(leaf_sums)
 
 
 def restore_newest(run: RunDirectory, abstract_state: Any) -> tuple[Any, CheckpointManifest] | None:
@@ -172,7 +82,7 @@ def restore_newest(run: RunDirectory, abstract_state: Any) -> tuple[Any, Checkpo
     by_update = {manifest.update: manifest for manifest in candidates}
     problems = []
     for update in reversed([int(update) for update in updates if update >= 0]):
-        folder = checkpoint_folder(run, update)
+        folder = checkpoint_store(run, update).location
         try:
             with _damage_of_any_host(folder):
                 if update not in by_update:
@@ -184,7 +94,7 @@ def restore_newest(run: RunDirectory, abstract_state: Any) -> tuple[Any, Checkpo
         except DamagedCheckpointError as damage:
             problems.append(str(damage))
             log.error("checkpoint is damaged and skipped: %s", damage)
-    if not problems and any(run.checkpoints.glob("*/manifest.json")):
+    if not problems and readable_checkpoints(run)[1]:
         problems = ["their manifests are damaged; the log names them"]
     if problems:
         raise UserError(f"no checkpoint of run {run.name} is intact: {'; '.join(problems)}")
@@ -203,10 +113,11 @@ def restore(run: RunDirectory, manifest: CheckpointManifest, abstract_state: Any
         DamagedCheckpointError: a file or a leaf is not what the manifest says, on any host.
         UserError: the leaves are those of another model.
     """
-    folder = checkpoint_folder(run, manifest.update)
+    store = checkpoint_store(run, manifest.update)
+    folder = store.location
     with _damage_of_any_host(folder):
-        _check_lengths(folder / "state", manifest)
-    expected = _signatures(abstract_state)
+        _check_lengths(store.child("state"), manifest)
+    expected = signatures(abstract_state)
     for name in sorted(expected.keys() | manifest.leaves.keys()):
         if expected.get(name) != manifest.leaves.get(name):
             raise UserError(
@@ -215,8 +126,8 @@ def restore(run: RunDirectory, manifest: CheckpointManifest, abstract_state: Any
                 " use the recipe that the run was trained with"
             )
     with _damage_of_any_host(folder):
-        state = _read_state(folder / "state", abstract_state)
-    for name, value in jax.device_get(_jitted_leaf_sums(state)).items():
+        state = _read_state(store.child("state").location, abstract_state)
+    for name, value in jax.device_get(jitted_leaf_sums(state)).items():
         if int(value) != manifest.sums[name]:
             raise DamagedCheckpointError(
                 f"{folder}: leaf {name} does not have the sum in the manifest"
@@ -224,8 +135,22 @@ def restore(run: RunDirectory, manifest: CheckpointManifest, abstract_state: Any
     return state
 
 
+def restore_alone(run: RunDirectory, manifest: CheckpointManifest) -> Any:
+    """The state of one checkpoint, by the recipe that it holds, on this process's first device.
+
+    Raises:
+        DamagedCheckpointError: a file or a leaf is not what the manifest says.
+    """
+    recipe = from_yaml(manifest.recipe, f"the recipe of checkpoint {manifest.update}")
+    mesh = make_mesh(jax.devices()[:1])
+    abstract = abstract_state(
+        mesh, recipe.model, lambda: initial_state(recipe.model, recipe.optimizer, 0)
+    )
+    return restore(run, manifest, abstract)
+
+
 @contextlib.contextmanager
-def _damage_of_any_host(folder: Path) -> Iterator[None]:
+def _damage_of_any_host(folder: str) -> Iterator[None]:
     """Raises the damage that the body finds on one host on all of them, at its end.
 
     Else who found it would go on to the checkpoint before while the others wait for it in the next
@@ -247,18 +172,17 @@ def _damage_of_any_host(folder: Path) -> Iterator[None]:
         raise damage
 
 
-def _check_lengths(folder: Path, manifest: CheckpointManifest) -> None:
-    try:
-        lengths = file_lengths(folder)
-    except OSError as error:
-        raise DamagedCheckpointError(f"{folder}: cannot be listed: {error!r}") from None
+def _check_lengths(store: Store, manifest: CheckpointManifest) -> None:
+    lengths = file_lengths(store)
     for name, length in manifest.files.items():
         if lengths.get(name) != length:
             found = f"has {lengths[name]} bytes" if name in lengths else "is missing"
-            raise DamagedCheckpointError(f"{folder / name} {found}, expected {length} bytes")
+            raise DamagedCheckpointError(
+                f"{store.location}/{name} {found}, expected {length} bytes"
+            )
 
 
-def _read_state(folder: Path, abstract_state: Any) -> Any:
+def _read_state(folder: str, abstract_state: Any) -> Any:
     # `restore` ends with a barrier of the active processes, at which all others would wait for the
     # one that cannot read: each is on its own, and they meet afterwards.
     rank = jax.process_index()
@@ -272,7 +196,7 @@ def _read_state(folder: Path, abstract_state: Any) -> Any:
         orbax.close()
 
 
-def _signatures(state: Any) -> dict[str, str]:
+def signatures(state: Any) -> dict[str, str]:
     return {
         jax.tree_util.keystr(path): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)

@@ -11,8 +11,9 @@ import click
 
 from jobs.cli_bench import bench
 from jobs.cli_data import inspect, prepare, verify
-from jobs.cli_options import OrderedGroup, json_option, root_option
+from jobs.cli_options import OrderedGroup, Root, json_option, root_option
 from jobs.cli_options import console as new_console
+from jobs.cli_runs import checkpoints
 from jobs.errors import ExitCode, UserError
 
 
@@ -87,7 +88,7 @@ Examples:
 @root_option
 @json_option
 def train(
-    recipe: str, overrides: tuple[str, ...], name: str | None, root: Path, as_json: bool
+    recipe: str, overrides: tuple[str, ...], name: str | None, root: Root, as_json: bool
 ) -> None:
     """Train by RECIPE (a name that `tvq recipes` lists, or a .yaml file).
 
@@ -112,7 +113,7 @@ def train(
         console.json(
             {
                 "run": trained.run.name,
-                "path": str(trained.run.path),
+                "path": trained.run.location,
                 "update": trained.update,
                 "reused": trained.reused,
             }
@@ -137,7 +138,7 @@ Examples:
 @click.option("--run", "name", required=True, help="Name of the run that it becomes.")
 @root_option
 @json_option
-def import_(checkpoint: Path, root: Path, name: str, as_json: bool, **options: Any) -> None:
+def import_(checkpoint: Path, root: Root, name: str, as_json: bool, **options: Any) -> None:
     """Make a run of CHECKPOINT, a flax msgpack file that the official Transformer-VQ code wrote.
 
     `tvq sample` and `tvq evaluate` take it as a run of ours that has ended. Parameters and
@@ -162,7 +163,7 @@ Examples:
 )
 @root_option
 @json_option
-def evaluate(run: str, split: str, root: Path, as_json: bool) -> None:
+def evaluate(run: str, split: str, root: Root, as_json: bool) -> None:
     """Measure RUN's newest checkpoint on a held-out split, every token exactly once.
 
     Next to its bits per byte stand gzip and xz on the same text. The figures are added to the
@@ -217,7 +218,7 @@ Examples:
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @root_option
 @json_option
-def sample(run: str, root: Path, as_json: bool, **options: Any) -> None:
+def sample(run: str, root: Root, as_json: bool, **options: Any) -> None:
     """Let RUN's newest checkpoint write text, or draw pictures if it was trained on them.
 
     The same seed writes the same.
@@ -228,6 +229,7 @@ def sample(run: str, root: Path, as_json: bool, **options: Any) -> None:
 
 
 cli.add_command(bench)
+cli.add_command(checkpoints)
 
 
 @cli.command(
@@ -242,7 +244,7 @@ Examples:
 )
 @root_option
 @json_option
-def compare(runs: tuple[str, ...], png: Path | None, root: Path, as_json: bool) -> None:
+def compare(runs: tuple[str, ...], png: Path | None, root: Root, as_json: bool) -> None:
     """Set RUNS side by side: what differs in their recipes, and how good they became."""
     from jobs.compare import compare_command
 
@@ -257,7 +259,7 @@ Examples:
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Default: a free one, 5000 first.")
 @root_option
-def ui(port: int | None, root: Path) -> None:
+def ui(port: int | None, root: Root) -> None:
     """Open the MLflow page with all runs under the root, until Ctrl-C."""
     from jobs.ui import show_runs
 

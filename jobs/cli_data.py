@@ -1,11 +1,10 @@
 """The commands that make corpora and look into them."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from jobs.cli_options import console, json_option, root_option
+from jobs.cli_options import Root, console, json_option, root_option
 
 _KINDS = (
     "auto", "text", "lines", "separator", "jsonl", "csv", "parquet",
@@ -168,7 +167,7 @@ def inspect(
     other: str | None,
     step: int | None,
     run: str | None,
-    root: Path,
+    root: Root,
     as_json: bool,
     **options: Any,
 ) -> None:

@@ -8,7 +8,10 @@ import click
 if TYPE_CHECKING:
     from jobs.console import Console
 
-ROOT_HELP = "Folder of the runs, with the MLflow store beside them (or set TVQ_ROOT)."
+Root = str | Path
+"""Where the runs are: a folder, or the URL of one in a bucket."""
+
+ROOT_HELP = "Folder of the runs, MLflow's store beside them, or gs://BUCKET/... (or set TVQ_ROOT)."
 
 
 class OrderedGroup(click.Group):
@@ -18,11 +21,20 @@ class OrderedGroup(click.Group):
         return list(self.commands)
 
 
+class _Root(click.Path):
+    """A folder, or the URL of one in a bucket, which stays a string."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if isinstance(value, str) and "://" in value:
+            return value
+        return super().convert(value, param, ctx)
+
+
 def root_option(command: Any) -> Any:
     """--root: where the runs are."""
     return click.option(
         "--root",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=_Root(file_okay=False, path_type=Path),
         default=Path("runs"),
         show_default=True,
         envvar="TVQ_ROOT",

@@ -7,10 +7,16 @@ from jobs.console import Console
 from jobs.errors import UserError
 from jobs.run_directory import RunDirectory
 from jobs.train import store_of_run
+from pipeline.storage import Location
 
 
 def compare_command(
-    root: Path, names: tuple[str, ...], png: Path | None, *, console: Console, json: bool = False
+    root: Location,
+    names: tuple[str, ...],
+    png: Path | None,
+    *,
+    console: Console,
+    json: bool = False,
 ) -> None:
     """Compares runs by what MLflow holds of them; draws their curves into `png`."""
     comparison = compare([_candidate(root, name) for name in names])
@@ -26,7 +32,7 @@ def compare_command(
         console.line(f"curves    {png.absolute()}")
 
 
-def _candidate(root: Path, name: str) -> Candidate:
+def _candidate(root: Location, name: str) -> Candidate:
     run = RunDirectory.existing(root, name)
     record = run.record()
     if record is None or record.mlflow_run_id is None:

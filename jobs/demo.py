@@ -17,9 +17,10 @@ from jobs.metric_spool import MetricPoint
 from jobs.prepare import prepare_corpus
 from jobs.ray_session import ray_session
 from jobs.recipe import Recipe
-from jobs.run_directory import RunDirectory, write_atomically
+from jobs.run_directory import RunDirectory
 from jobs.train import train
 from pipeline.sources import SourceSettings, list_files, standard_library
+from pipeline.storage import LocalStore
 
 FULL, WINDOW = "vq-cache", "window-only"
 """The two runs: with the compressive cache, and with the local window alone."""
@@ -102,7 +103,7 @@ def _refuse_another_demo(output: Path, source: SourceSettings, recipe: Recipe) -
         if output.exists() and any(output.iterdir()):
             raise UserError(f"{output}: is there and is not a demo; give --output ANOTHER")
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(note, json.dumps({"demo": mine}) + "\n")
+        LocalStore(output).write("demo.json", (json.dumps({"demo": mine}) + "\n").encode())
 
 
 def _train_through_a_kill(recipe: Recipe, root: Path, console: Console) -> None:

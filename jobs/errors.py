@@ -15,6 +15,8 @@ class ExitCode(IntEnum):
     """Another process holds the run."""
     FAILED = 4
     """The training failed, after its restarts; the same command goes on from its checkpoint."""
+    UNSTABLE = 5
+    """The training went back to its checkpoint again and again and could apply no update."""
     INTERRUPTED = 130
     """Ctrl-C: what was done is kept and the same command goes on."""
 

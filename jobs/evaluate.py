@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from jobs.trained_model import TrainedModel, load_trained_model, refuse_other_te
 from jobs.units import bits_per_byte, targets_of
 from jobs.yardsticks import Yardsticks, yardsticks
 from pipeline.mixture import Mixture
+from pipeline.storage import Location
 
 BATCH_SIZE = 16
 """Windows scored at a time: fixed, so that the figures do not depend on the machine."""
@@ -39,7 +39,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_command(
-    root: Path, name: str, split: str, *, console: Console, as_json: bool = False
+    root: Location, name: str, split: str, *, console: Console, as_json: bool = False
 ) -> Evaluation:
     """Evaluates, prints, and adds the figures to the run in MLflow."""
     run = RunDirectory.existing(root, name)

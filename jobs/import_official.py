@@ -8,10 +8,12 @@ from jobs import recipe as recipes
 from jobs.checkpoint_manifest import complete_checkpoints
 from jobs.console import Console
 from jobs.errors import UserError
+from jobs.lease import Fence, Lease
 from jobs.recipe import CheckpointConfig, DataConfig, Recipe, TrainingConfig
-from jobs.run_directory import Lease, RunDirectory
+from jobs.run_directory import RunDirectory
 from model.config import OptimizerConfig
 from pipeline.manifest import SPLITS, Manifest
+from pipeline.storage import Location
 from pipeline.tokenizers import ByteTokenizer, ImageTokenizer
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def import_command(
     *,
     flags: Path,
     corpus: Path,
-    root: Path,
+    root: Location,
     name: str,
     console: Console,
     as_json: bool = False,
@@ -45,7 +47,7 @@ def import_command(
     """
     from model.official import read_checkpoint
 
-    run = RunDirectory.at(root.absolute(), name)
+    run = RunDirectory.at(root, name)
     if complete_checkpoints(run):  # one without was not imported to its end
         raise _taken(run)
     corpus = corpus.expanduser().absolute()
@@ -53,13 +55,19 @@ def import_command(
     stated = _read("--flags", flags).decode("utf-8", errors="replace")
     imported = read_checkpoint(_read("CHECKPOINT", checkpoint), stated)
     recipe = _recipe(imported, json.loads(stated), corpus, manifest)
-    _save(run, recipe, imported, manifest)
+    save_as_run(
+        run,
+        recipe,
+        network=imported.network,
+        updates=imported.updates,
+        fingerprints={split: manifest.splits[split].fingerprint for split in SPLITS},
+    )
 
     if as_json:
-        console.json({"run": run.name, "path": str(run.path), "update": imported.updates})
+        console.json({"run": run.name, "path": run.location, "update": imported.updates})
         return run
     console.line(
-        f"imported update {imported.updates:,} as run {run.path}; its optimizer state is not"
+        f"imported update {imported.updates:,} as run {run.location}; its optimizer state is not"
         " imported"
     )
     if manifest.tokenizer.kind not in _BYTES:
@@ -115,19 +123,28 @@ def _recipe(
     return recipes.resolve(recipes.from_yaml(recipes.to_yaml(recipe), where))
 
 
-def _save(run: RunDirectory, recipe: Recipe, imported: "Imported", manifest: Manifest) -> None:
-    """Claims the run and saves the checkpoint, as a training does at its end."""
+def save_as_run(
+    run: RunDirectory,
+    recipe: Recipe,
+    *,
+    network: tuple[Any, Any],
+    updates: int,
+    fingerprints: dict[str, str],
+) -> None:
+    """Claims the run and saves parameters and codebooks, as a training does at its end.
+
+    Raises:
+        UserError: there is a run of that name.
+    """
     import jax
 
-    from jobs.checkpoints import CheckpointWriter
-    from jobs.run_directory import Fence
+    from jobs.checkpoint_writer import CheckpointWriter
     from model.training import initial_state
 
-    fingerprints = {split: manifest.splits[split].fingerprint for split in SPLITS}
     identity, text = recipes.identity(recipe), recipes.to_yaml(recipe)
     if run.claim(identity, fingerprints, text).identity != identity:
         raise _taken(run)
-    updates, per_batch = imported.updates, recipe.updates_per_batch
+    per_batch = recipe.updates_per_batch
 
     @jax.jit  # which never makes the initial values that the imported ones replace
     def state_of(params: Any, codebooks: Any) -> Any:
@@ -144,14 +161,17 @@ def _save(run: RunDirectory, recipe: Recipe, imported: "Imported", manifest: Man
             raise _taken(run)
         fence = Fence(run, lease.owner)
         fence.raise_over_others()
-        writer = CheckpointWriter(run, fence, keep=1, recipe=text, fingerprints=fingerprints)
+        writer = CheckpointWriter(
+            run, fence, keep=recipe.checkpoint, recipe=text, fingerprints=fingerprints
+        )
         try:
             writer.save(
-                state_of(*imported.network),
+                state_of(*network),
                 update=updates,
                 next_batch=updates // per_batch,
                 # As if none had been padding: how many were is not in the checkpoint.
                 tokens=updates * recipe.training.batch_size * recipe.training.update_length,
+                last=True,
             )
         finally:
             writer.close()

@@ -1,79 +1,103 @@
 """One JAX mesh over a Ray Train worker group.
 
-Ray's stock backend initialises `jax.distributed` for TPU and GPU groups only (ray 2.60) and fixes
-its time limits; on CPU this one takes its place, with gloo for the collectives.
+Ray's stock backend (ray 2.60) initialises `jax.distributed` for TPU and GPU groups only, with fixed
+time limits, binds all workers of a node to its first GPUs, and numbers TPU hosts in the order in
+which it placed them. This one takes its place.
 """
 
 import logging
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray._private.accelerators import TPUAcceleratorManager
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import BackendConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2.jax import JaxConfig
 from ray.train.v2.jax.config import _JaxBackend
 
+from jobs.accelerators import SHUTDOWN_SECONDS, Host, Membership, memberships, process_ids
+from jobs.recipe import ClusterConfig
+
 log = logging.getLogger("tvq.jax_backend")
-_INITIALIZATION_SECONDS = 120
-_SHUTDOWN_SECONDS = 10
 
 
 @dataclass
-class CpuMeshConfig(JaxConfig):
-    """A `jax.distributed` process group of CPU workers.
+class MeshConfig(JaxConfig):
+    """A `jax.distributed` process group over the workers.
 
-    Policy: a worker that is silent for `heartbeat_seconds` counts as lost and ends the group,
-    which Ray Train then starts anew.
+    Policy: a worker that is silent for `cluster.heartbeat_seconds` counts as lost and ends the
+    group, which Ray Train then starts anew. One that cannot join within
+    `cluster.join_timeout_seconds` fails the start, which may be tried again.
     """
 
-    heartbeat_seconds: int = 20
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    initialize: Callable[..., None] | None = None
+    """Called in each worker in the place of `jax.distributed.initialize`."""
 
     @property
     def backend_cls(self) -> type[_JaxBackend]:
-        return _CpuMesh
+        return _Mesh
 
 
-class _CpuMesh(_JaxBackend):
+class _Mesh(_JaxBackend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        assert isinstance(backend_config, CpuMeshConfig)
-        host, port = worker_group.execute_single(0, get_address_and_port)
-        count = len(worker_group)
-        joins: list[Any] = [
-            worker_group.execute_single_async(
-                rank, _join, f"{host}:{port}", count, rank, backend_config.heartbeat_seconds
-            )
-            for rank in range(count)
+        assert isinstance(backend_config, MeshConfig)
+        cluster = backend_config.cluster
+        hosts = _wait(worker_group.execute_async(_host, cluster.accelerator == "tpu"), 60)
+        first = process_ids(cluster, hosts).index(0)
+        address, port = worker_group.execute_single(first, get_address_and_port)
+        coordinator = address, cluster.coordinator_port or port
+        joins = [
+            worker_group.execute_single_async(rank, _join, membership, backend_config.initialize)
+            for rank, membership in enumerate(memberships(cluster, hosts, coordinator))
         ]
-        ray.get(joins, timeout=_INITIALIZATION_SECONDS + 30)
+        _wait(joins, cluster.join_timeout_seconds + 30)
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         try:
             leaving: list[Any] = worker_group.execute_async(_leave)
-            ray.get(leaving, timeout=_SHUTDOWN_SECONDS + 5)
+            ray.get(leaving, timeout=SHUTDOWN_SECONDS + 5)
         except Exception as error:  # the group may be dead already
             log.info("leaving the mesh: %r", error)
 
 
-def _join(coordinator: str, count: int, rank: int, heartbeat_seconds: int) -> None:
-    import jax
+def _wait(replies: list[Any], seconds: int) -> list[Any]:
+    try:
+        return ray.get(replies, timeout=seconds)
+    except (RayTaskError, GetTimeoutError) as error:
+        # What Ray takes for a failed start, and not for a defect of the controller.
+        raise WorkerGroupStartupFailedError(
+            f"the workers did not find each other: {error}"
+        ) from None
 
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        coordinator,
-        count,
-        rank,
-        # Not to all interfaces, which is the default: whoever reaches it could join.
-        coordinator_bind_address=coordinator if rank == 0 else None,
-        cluster_detection_method="deactivate",
-        initialization_timeout=_INITIALIZATION_SECONDS,
-        heartbeat_timeout_seconds=heartbeat_seconds,
-        shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+
+def _host(tpu: bool) -> Host:
+    if not tpu:
+        return Host(visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return Host(
+        slice_name=TPUAcceleratorManager.get_current_node_tpu_name() or None,
+        tpu_worker_id=TPUAcceleratorManager.get_current_node_tpu_worker_id(),
     )
 
 
+def _join(membership: Membership, initialize: Callable[..., None] | None) -> None:
+    os.environ.update(membership.variables)
+    import jax
+
+    for name, value in membership.settings.items():
+        jax.config.update(name, value)
+    (initialize or jax.distributed.initialize)(**membership.arguments)
+
+
 def _leave() -> None:
+    if "jax" not in sys.modules:  # it never joined
+        return
     import jax
 
     if jax.distributed.is_initialized():

@@ -1,7 +1,6 @@
 """What the training loop is given and what it gives back; needs no JAX, so that the driver can."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from jobs.recipe import Recipe
@@ -11,8 +10,8 @@ from jobs.recipe import Recipe
 class LoopSettings:
     """What every process of a training is given."""
 
-    run: Path
-    """The run directory, absolute."""
+    run: str
+    """The run directory: an absolute path or a URL."""
     recipe: Recipe
     """Resolved."""
     lease_owner: str
@@ -26,3 +25,5 @@ class Outcome(NamedTuple):
     """The last update made; it is in a checkpoint."""
     stopped: bool
     """Whether it was asked to stop before the recipe's last update."""
+    goodput: str = ""
+    """Where the time went, in a line."""

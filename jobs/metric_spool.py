@@ -6,17 +6,15 @@ dead driver nor a dead tracking server loses a point.
 """
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.files import sync_folder
+from pipeline.storage import Location, open_store
 
 _SEGMENT = re.compile(r"(\d{8,})\.jsonl")
-_TEMPORARY = ".writing-*.jsonl"
+_UNFINISHED = re.compile(r"\d{8,}\.jsonl\.\w+\.tmp")
 _ACKNOWLEDGED = "acknowledged"
 
 
@@ -49,28 +47,27 @@ class MetricSpool:
     checkpoint commit and at its end. So a kill loses at most the last second of points, all of them
     later than the last checkpoint, and the resumed training repeats those updates.
 
-    A segment is written under a temporary name and appears whole under its number, never over
-    another one. Numbers go on after the highest that exists or was acknowledged. A flush returns
-    once its segment is synced to the device: it outlives a power cut too.
+    A segment appears whole under its number, never over another one. Numbers go on after the
+    highest that exists or was acknowledged. A flush returns once its segment is stored durably.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Location,
         flush_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Opens the spool in `folder`, which is made if need be.
+        """Opens the spool in `folder`, which need not exist.
 
         A predecessor's unfinished files are removed: they never were part of the spool.
         """
-        self._folder = folder
+        self._store = open_store(folder)
         self._flush_seconds = flush_seconds
         self._clock = clock
         self._pending: list[MetricPoint] = []
-        folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.glob(_TEMPORARY):
-            unfinished.unlink(missing_ok=True)
+        for entry in self._store.list():
+            if _UNFINISHED.fullmatch(entry.name):
+                self._store.remove(entry.name)
         self._next = last_number(folder) + 1
         self._flushed_at = clock()
 
@@ -81,74 +78,69 @@ class MetricSpool:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the pending points as the next segment; does nothing if there are none."""
+        """Writes the pending points as the next segment; does nothing if there are none.
+
+        Raises:
+            CorpusError: they cannot be stored; they are still pending.
+        """
         self._flushed_at = self._clock()
         if not self._pending:
             return
-        temporary = self._folder / _TEMPORARY.replace("*", str(os.getpid()))
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(_encode(point) for point in self._pending)
-            file.flush()
-            os.fsync(file.fileno())
-        while not _publish(temporary, self._folder / f"{self._next:08d}.jsonl"):
+        data = "".join(map(_encode, self._pending)).encode()
+        while not self._store.create(f"{self._next:08d}.jsonl", data):
             self._next += 1
         self._next += 1
         self._pending.clear()
-        sync_folder(self._folder)
 
 
-def segments(folder: Path) -> list[Path]:
-    """The segments in `folder`, oldest first. Files of other names are ignored."""
-    try:
-        found = [path for path in folder.iterdir() if _SEGMENT.fullmatch(path.name)]
-    except FileNotFoundError:
-        return []
-    return sorted(found, key=segment_number)
+def segments(folder: Location) -> list[str]:
+    """The names of the segments in `folder`, oldest first. Files of other names are ignored."""
+    names = (entry.name for entry in open_store(folder).list())
+    return sorted(filter(_SEGMENT.fullmatch, names), key=segment_number)
 
 
-def segment_number(path: Path) -> int:
+def segment_number(name: str) -> int:
     """The number of a segment that `segments` named."""
-    return int(path.stem)
+    return int(name.partition(".")[0])
 
 
-def last_number(folder: Path) -> int:
+def last_number(folder: Location) -> int:
     """The highest number given so far in `folder`, acknowledged segments included; 0 if none."""
     try:
-        acknowledged = int((folder / _ACKNOWLEDGED).read_text(encoding="ascii"))
+        acknowledged = int(open_store(folder).read(_ACKNOWLEDGED))
     except (FileNotFoundError, ValueError):
         acknowledged = 0
     return max([acknowledged, *map(segment_number, segments(folder))])
 
 
-def read_segment(path: Path) -> Segment:
+def read_segment(folder: Location, name: str) -> Segment:
     """Reads a segment. Lines that are no metric point are left out and the first is named."""
     points: list[MetricPoint] = []
     damage = None
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    store = open_store(folder)
+    lines = store.read(name).decode("utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             points.append(_decode(line))
         except (ValueError, TypeError, KeyError, AttributeError):
-            damage = damage or f"{path}, line {number}: not a metric point: {line[:60]!r}"
+            where = f"{store.location}/{name}, line {number}"
+            damage = damage or f"{where}: not a metric point: {line[:60]!r}"
     if not lines:
-        damage = f"{path}: empty, expected at least one metric point"
+        damage = f"{store.location}/{name}: empty, expected at least one metric point"
     return Segment(points, damage)
 
 
-def acknowledge(path: Path, *, damaged: bool = False) -> None:
+def acknowledge(folder: Location, name: str, *, damaged: bool = False) -> None:
     """Takes a segment out of the spool, once the tracker has stored its points.
 
     Its number is noted first, so that a writer that starts later does not give it again. A damaged
     segment is kept beside the spool as `<number>.jsonl.damaged`.
     """
-    note = path.with_name(_ACKNOWLEDGED)
-    temporary = path.with_name(_ACKNOWLEDGED + ".new")
-    temporary.write_text(str(segment_number(path)), encoding="ascii")
-    temporary.replace(note)
+    store = open_store(folder)
+    store.write(_ACKNOWLEDGED, str(segment_number(name)).encode())
     if damaged:
-        path.replace(path.with_name(path.name + ".damaged"))
-    else:
-        path.unlink(missing_ok=True)
+        store.write(f"{name}.damaged", store.read(name))
+    store.remove(name)
 
 
 def _encode(point: MetricPoint) -> str:
@@ -166,22 +158,3 @@ def _decode(line: str) -> MetricPoint:
     fields = json.loads(line)
     values = {str(name): float(value) for name, value in fields["values"].items()}
     return MetricPoint(int(fields["step"]), int(fields["tokens"]), int(fields["time_ms"]), values)
-
-
-def _publish(temporary: Path, path: Path) -> bool:
-    """Moves `temporary` to `path`; False if `path` exists.
-
-    A hard link is an exclusive create, so that not even a worker group that should be dead can
-    overwrite a segment. File systems without hard links get a plain rename.
-    """
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:
-        if path.exists():
-            return False
-        temporary.replace(path)
-        return True
-    temporary.unlink()
-    return True

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from jobs import accelerators
 from jobs.errors import UserError
 from jobs.recipe_yaml import (
     dump_yaml,
@@ -33,6 +34,7 @@ from model.config import (
     ModelConfig,
     OptimizerConfig,
     validate,
+    validate_accumulation,
     validate_update_length,
 )
 
@@ -85,6 +87,17 @@ class TrainingConfig:
     """Updates between evaluations on the validation split."""
     evaluate_windows: int = operational(64)
     """Windows of the validation split that such an evaluation covers (the first ones, exactly)."""
+    accumulate: int = operational(1)
+    """Micro-batches that an update's rows are taken in, one after the other, for want of memory;
+    the batch, its losses and its random draws stay the same."""
+    spike_deviations: float | None = None
+    """An update whose loss is so many standard deviations above its moving mean is skipped, as one
+    that is not finite always is. null: no finite one is."""
+    max_skipped: int = 10
+    """Batches in a row without an update that could be applied after which the state of the newest
+    checkpoint is restored; the training goes on with the next batch."""
+    max_fallbacks: int = 3
+    """Times that this is done without a new checkpoint in between; then the training ends."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,13 @@ class CheckpointConfig:
     """Updates between checkpoints; the last update is always saved."""
     keep: int = operational(2)
     """Complete checkpoints to keep, the newest ones."""
+    keep_every: int | None = operational(None)
+    """Updates: the checkpoints at its multiples are kept as well. null: none."""
+    keep_best: int = operational(0)
+    """So many checkpoints are kept as well: those with the lowest best_metric."""
+    best_metric: str = operational("eval/bits_per_byte")
+    """A figure of the evaluations, lower is better; a checkpoint at an evaluation's update has it.
+    """
 
 
 @dataclass(frozen=True)
@@ -115,6 +135,16 @@ class ClusterConfig:
     """Worker processes; 0 runs the loop in this process, without Ray."""
     cpus_per_worker: int = operational(1)
     """CPU cores that Ray reserves for a worker; XLA is given as many threads."""
+    accelerator: Literal["cpu", "gpu", "tpu"] = operational("cpu")
+    """What the workers compute on. With workers=0, JAX takes what it finds in this process."""
+    devices_per_worker: int | None = operational(None)
+    """GPUs of a worker: 1, or all of a node; on CPU, virtual devices. null: 1; on TPU, the chips of
+    a host, each of which is a worker."""
+    accelerator_version: Literal["v4", "v5e", "v5p", "v6e"] | None = operational(None)
+    """Of TPUs: their generation."""
+    topology: str | None = operational(None)
+    """Of TPUs: that of a slice, such as 4x4 or 2x2x2. The workers fill as many whole slices as they
+    need."""
     address: str | None = operational(None)
     """A running Ray cluster; null: RAY_ADDRESS, else a cluster on this machine for this command."""
     data: int = operational(-1)
@@ -125,8 +155,17 @@ class ClusterConfig:
     """Devices that value columns, gate and output projection are split over."""
     max_restarts: int = operational(3)
     """Failures of the worker group after which the training ends."""
+    peak_flops: float | None = operational(None)
+    """Operations a second that a device is made for, such as 989e12; perf/mfu is measured against
+    it. null: it is not."""
     heartbeat_seconds: int = operational(20)
     """Silence after which a worker counts as lost."""
+    start_timeout_seconds: int = operational(600)
+    """How long the workers may wait for a place in the cluster (an autoscaler takes minutes)."""
+    join_timeout_seconds: int = operational(120)
+    """How long the workers, once they run, may take to find each other."""
+    coordinator_port: int | None = operational(None)
+    """Port at which the first worker's host is found by the others; null: any free one."""
 
 
 @dataclass(frozen=True)
@@ -319,41 +358,40 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(
             "data.mixture: takes the place of data.corpus; give one of them, and null for the other"
         )
-    if cluster.data != -1 and cluster.data < 1:
-        raise ConfigError(
-            f"cluster.data: must be at least 1, or -1 for all that is left, got {cluster.data}"
-        )
     if training.seed > _LARGEST_SEED:  # its upper bits would be dropped: other seeds, same draws
         raise ConfigError(f"training.seed: must be at most {_LARGEST_SEED}, got {training.seed}")
     for name, value, least in (
         ("data.sequence_length", data.sequence_length, 1),
-        ("data.shuffle_span", 1 if data.shuffle_span is None else data.shuffle_span, 1),
+        ("data.shuffle_span", data.shuffle_span, 1),
         ("training.batch_size", training.batch_size, 1),
         ("training.steps", training.steps, 1),
         ("training.seed", training.seed, 0),
         ("training.evaluate_every", training.evaluate_every, 1),
         ("training.evaluate_windows", training.evaluate_windows, 1),
+        ("training.spike_deviations", training.spike_deviations, 1),
+        ("training.max_skipped", training.max_skipped, 1),
+        ("training.max_fallbacks", training.max_fallbacks, 0),
         ("checkpoint.every", recipe.checkpoint.every, 1),
         ("checkpoint.keep", recipe.checkpoint.keep, 1),
+        ("checkpoint.keep_every", recipe.checkpoint.keep_every, 1),
+        ("checkpoint.keep_best", recipe.checkpoint.keep_best, 0),
         ("cluster.workers", cluster.workers, 0),
         ("cluster.cpus_per_worker", cluster.cpus_per_worker, 1),
         ("cluster.fsdp", cluster.fsdp, 1),
         ("cluster.tensor", cluster.tensor, 1),
         ("cluster.max_restarts", cluster.max_restarts, 0),
+        ("cluster.peak_flops", cluster.peak_flops, 1),
         ("cluster.heartbeat_seconds", cluster.heartbeat_seconds, 1),
+        ("cluster.devices_per_worker", cluster.devices_per_worker, 1),
+        ("cluster.start_timeout_seconds", cluster.start_timeout_seconds, 1),
+        ("cluster.join_timeout_seconds", cluster.join_timeout_seconds, 1),
+        ("cluster.coordinator_port", cluster.coordinator_port, 1),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise ConfigError(f"{name}: must be at least {least}, got {value}")
-    axes = cluster.fsdp * cluster.tensor * max(cluster.data, 1)
-    if cluster.workers and (
-        cluster.workers % axes or (cluster.data > 0 and axes != cluster.workers)
-    ):
-        raise ConfigError(
-            f"cluster.workers: each brings one device, and data x fsdp x tensor ="
-            f" {cluster.data} x {cluster.fsdp} x {cluster.tensor} does not make {cluster.workers};"
-            " set cluster.data=-1 for what is left, or other axes"
-        )
+    accelerators.check(cluster)
     validate_update_length(data.sequence_length, training.update_length)
+    validate_accumulation(training.batch_size, training.accumulate, "the batch")
     # A checkpoint and an evaluation lie on a batch border, so that no cache is ever saved.
     for name, value in (
         ("training.steps", training.steps),

@@ -4,10 +4,18 @@ import contextlib
 import json
 import logging
 import os
+import shutil
+import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import CorpusError
+from pipeline.storage import LocalStore, Location, Store, open_store
+
+_UPLOAD_SECONDS = 5.0
+"""A log in an object store lags behind by at most so much, while the store is well."""
 _logger = logging.getLogger("tvq")
 
 
@@ -25,11 +33,50 @@ class _JsonLines(logging.Formatter):
         return json.dumps(fields | getattr(record, "fields", {}))
 
 
-def open_log(folder: Path, who: str) -> None:
+class _UploadedFile(logging.FileHandler):
+    """A log on this machine's disk that is copied to an object store, which cannot append.
+
+    Logging never waits for the store, and never fails because of it: a thread copies what is new.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._object = store, name  # `_name` is logging's
+        self._folder = Path(tempfile.mkdtemp(prefix="tvq-log-"))
+        path = self._folder / name
+        with contextlib.suppress(FileNotFoundError, CorpusError):
+            path.write_bytes(store.read(name))  # an earlier start's
+        super().__init__(path, encoding="utf-8")
+        self._uploaded = path.stat().st_size
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._upload_all, name="log", daemon=True)
+        self._thread.start()
+
+    def _upload_all(self) -> None:
+        last_round = False
+        while not last_round:
+            last_round = self._closing.wait(_UPLOAD_SECONDS)
+            with contextlib.suppress(CorpusError):
+                data = Path(self.baseFilename).read_bytes()
+                if len(data) > self._uploaded:
+                    self._store.write(self._object, data)
+                    self._uploaded = len(data)
+
+    def close(self) -> None:
+        super().close()
+        self._closing.set()
+        self._thread.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def open_log(folder: Location, who: str) -> None:
     """From now on everything logged under `tvq` in this process goes to `<folder>/<who>.jsonl`."""
     close_log()
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"{who}.jsonl", encoding="utf-8")
+    store, name = open_store(folder), f"{who}.jsonl"
+    if isinstance(store, LocalStore):
+        store.root.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(store.path(name), encoding="utf-8")
+    else:
+        handler = _UploadedFile(store, name)
     handler.setFormatter(_JsonLines())
     _logger.addHandler(handler)
     _logger.setLevel(logging.INFO)
@@ -52,27 +99,38 @@ def event(name: str, **fields: Any) -> None:
 class LogTail:
     """What another process adds to a log from now on."""
 
-    def __init__(self, folder: Path, who: str):
-        self._path = folder / f"{who}.jsonl"
-        self._offset = self._path.stat().st_size if self._path.exists() else 0
+    def __init__(self, folder: Location, who: str):
+        self._store, self._name = open_store(folder), f"{who}.jsonl"
+        self._offset = self._size()
 
     def read(self) -> list[dict[str, Any]]:
-        """The lines that were completed since the last call, as their fields."""
-        if not self._path.exists():
+        """The lines that were completed since the last call, as their fields.
+
+        Raises:
+            CorpusError: the store does not answer; the lines come with a later call.
+        """
+        if self._size() <= self._offset:
             return []
-        with self._path.open("rb") as file:
+        with self._store.open(self._name) as file:
             file.seek(self._offset)
             complete, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(complete) + len(newline)
         return _parsed(complete)
 
+    def _size(self) -> int:
+        try:
+            return self._store.size(self._name)
+        except FileNotFoundError:
+            return 0
 
-def events(folder: Path, who: str, name: str) -> list[dict[str, Any]]:
+
+def events(folder: Location, who: str, name: str) -> list[dict[str, Any]]:
     """All events `name` that `who` logged, oldest first."""
-    path = folder / f"{who}.jsonl"
-    if not path.exists():
+    try:
+        text = open_store(folder).read(f"{who}.jsonl")
+    except FileNotFoundError:
         return []
-    return [fields for fields in _parsed(path.read_bytes()) if fields.get("event") == name]
+    return [fields for fields in _parsed(text) if fields.get("event") == name]
 
 
 def _parsed(text: bytes) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from jobs.pictures import save_pictures
 from jobs.run_directory import RunDirectory
 from jobs.trained_model import TrainedModel, load_trained_model
 from pipeline.manifest import Manifest, tokenizer_of
+from pipeline.storage import Location
 from pipeline.tokenizers import EOS, ImageTokenizer, Tokenizer, model_ids, text_of
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Sample(NamedTuple):
 
 
 def sample_command(
-    root: Path,
+    root: Location,
     name: str,
     *,
     prompts: Sequence[str] = (),

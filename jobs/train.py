@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 from jobs import recipe as recipes
 from jobs import run_log
-from jobs.checkpoint_manifest import checkpoint_folder, complete_checkpoints, newest_update
+from jobs.checkpoint_manifest import checkpoint_store, complete_checkpoints, newest_update
 from jobs.console import Console
 from jobs.errors import ExitCode, UserError
+from jobs.lease import Lease
 from jobs.loop_contract import Outcome
 from jobs.metric_spool import MetricPoint
 from jobs.recipe import Recipe
-from jobs.run_directory import Lease, RunDirectory, RunRecord
+from jobs.run_directory import RunDirectory, RunRecord
 from jobs.tracking.store import Store, embedded_store, without_credentials
 from jobs.tracking.tracker import Tracker
 from jobs.trainer import run_loop
@@ -23,7 +24,7 @@ from model.counts import flops_per_token, parameter_count
 from pipeline.manifest import SPLITS
 from pipeline.mixture import Mixture
 from pipeline.shards import check_length
-from pipeline.storage import open_store
+from pipeline.storage import Location, is_url, open_store
 
 
 class Trained(NamedTuple):
@@ -39,7 +40,7 @@ class Trained(NamedTuple):
 def train(
     recipe: Recipe,
     *,
-    root: Path,
+    root: Location,
     name: str,
     console: Console,
     stated: frozenset[str] | None = None,
@@ -61,7 +62,7 @@ def train(
             one that was stopped by Ctrl-C (saved; the same command goes on).
     """
     recipe, mixture = _with_corpora(recipe)
-    run = RunDirectory.at(root.absolute(), name)
+    run = RunDirectory.at(root, name)
     recipe, record = _begin_or_resume(run, recipe, mixture, stated)
     _narrate(console, run, recipe, mixture)
 
@@ -116,11 +117,14 @@ def train(
             ExitCode.INTERRUPTED,
         )
     if not finished:
-        console.line(f"trained to update {outcome.update}; checkpoints in {run.checkpoints}")
+        console.line(
+            f"trained to update {outcome.update}; checkpoints in {run.location}/checkpoints"
+        )
+        console.line(outcome.goodput)
     return Trained(run, outcome.update, reused=finished)
 
 
-def store_of(recipe: Recipe, root: Path) -> Store:
+def store_of(recipe: Recipe, root: Location) -> Store:
     """Where MLflow is: the recipe's URI, the environment's, else a SQLite file beside the runs."""
     uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     return Store(uri) if uri else embedded_store(root)
@@ -179,7 +183,7 @@ def _begin_or_resume(
     """
     stored = None
     if run.record():
-        stored = recipes.from_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))
+        stored = recipes.from_yaml(run.recipe_text(), f"{run.location}/recipe.yaml")
     recipe = recipes.resolve(recipe, stored)
     if stored:
         changes = recipes.difference(recipe, stored, mathematical_only=True, only=stated)
@@ -210,7 +214,7 @@ def _narrate(console: Console, run: RunDirectory, recipe: Recipe, mixture: Mixtu
     count = parameter_count(recipe.model)
     batch_tokens = recipe.training.batch_size * recipe.data.sequence_length
     where = f"{recipe.cluster.workers} Ray workers" if recipe.cluster.workers else "this process"
-    console.line(f"run       {run.path}")
+    console.line(f"run       {run.location}")
     defaults = recipes.flatten(Recipe())
     stated = (
         f"{name}={value}"
@@ -263,7 +267,7 @@ def _log_corpora(tracker: Tracker, mixture: Mixture) -> None:
 def _note_tracking(run: RunDirectory, tracker: Tracker, store: Store) -> None:
     """Notes where the run is in MLflow, as soon as the store has answered."""
     if run_id := tracker.wait_for_run(0):
-        beside = store == embedded_store(run.root)
+        beside = store.artifact_location is not None
         run.store_tracking(None if beside else without_credentials(store.uri), run_id)
 
 
@@ -300,8 +304,9 @@ def _supervise(
                 evaluations[point.step] = point.values
             else:
                 rate = point.values.get("perf/tokens_per_second", rate)  # a batch's last has it
-                nats = point.values["train/loss_nats_per_token"]
-                progress.update(point.step, nats_per_token=nats, tokens_per_second=rate)
+                nats = point.values.get("train/loss_nats_per_token")
+                if nats is not None:
+                    progress.update(point.step, nats_per_token=nats, tokens_per_second=rate)
             shown = point.step
         if on_points:
             on_points(points)
@@ -312,9 +317,10 @@ def _supervise(
             # Its evaluation is in the spool before it is committed, and shown soon after.
             if manifest.update not in tracked and (manifest.update <= shown or last):
                 tracked.add(manifest.update)
-                folder = checkpoint_folder(run, manifest.update)
+                where = checkpoint_store(run, manifest.update).location
+                uri = where if is_url(where) else Path(where).as_uri()
                 metrics = evaluations.get(manifest.update, {})
-                tracker.log_checkpoint(manifest.update, folder.as_uri(), metrics)
+                tracker.log_checkpoint(manifest.update, uri, metrics)
 
     log = run_log.LogTail(run.logs, "rank-0")
     groups = 0

@@ -29,7 +29,7 @@ class TrainedModel(NamedTuple):
 def recipe_of(run: RunDirectory) -> Recipe:
     """What the run was last trained by: a resumed run may have its corpus elsewhere by now."""
     checkpoints = complete_checkpoints(run)
-    text = checkpoints[-1].recipe if checkpoints else run.recipe.read_text(encoding="utf-8")
+    text = checkpoints[-1].recipe if checkpoints else run.recipe_text()
     return recipes.from_yaml(text, f"the recipe of run {run.name}")
 
 

@@ -19,9 +19,10 @@ from typing import NamedTuple
 from jobs.console import Console
 from jobs.errors import UserError
 from jobs.recipe import from_yaml
-from jobs.run_directory import list_runs
+from jobs.run_directory import RunDirectory, list_runs
 from jobs.tracking.store import Store, without_credentials
 from jobs.train import store_of_run
+from pipeline.storage import Location
 
 _HOST = "127.0.0.1"
 _DEFAULT_PORT = 5000
@@ -91,20 +92,25 @@ def serve(
         _end_group(process)
 
 
-def show_runs(root: Path, port: int | None, console: Console) -> None:
+def show_runs(root: Location, port: int | None, console: Console) -> None:
     """`tvq ui`: shows the runs under `root`, in the experiment of the one begun last.
 
     Raises:
         UserError: there are no runs, or the page cannot be served.
     """
-    runs = sorted(list_runs(root.absolute()), key=lambda run: run.recipe.stat().st_mtime)
+    runs = sorted(list_runs(root), key=_begun)
     if not runs:
         raise UserError(f"{root}: no runs there yet; `tvq train` makes one, --root names a folder")
-    recipe = from_yaml(runs[-1].recipe.read_text(encoding="utf-8"), str(runs[-1].recipe))
+    recipe = from_yaml(runs[-1].recipe_text(), f"the recipe of run {runs[-1].name}")
     store = store_of_run(runs[-1])
     with tempfile.TemporaryDirectory(prefix="tvq-ui-") as folder:
         log = Path(folder) / "mlflow.log"
         show(store, recipe.tracking.experiment, log=log, say=console.result, port=port)
+
+
+def _begun(run: RunDirectory) -> str:
+    record = run.record()
+    return record.created if record else ""
 
 
 def show(

@@ -287,13 +287,22 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
 
 def validate_update_length(sequence_length: int, update_length: int) -> None:
     """Raises ConfigError unless a window of T tokens is cut into whole updates of U."""
-    _at_least("training.update_length", update_length, 1)
-    if sequence_length % update_length:
-        divisors = (n for n in range(1, sequence_length + 1) if sequence_length % n == 0)
-        nearest = min(divisors, key=lambda n: abs(n - update_length))
+    _divides("training.update_length", update_length, sequence_length, "the sequence length")
+
+
+def validate_accumulation(rows: int, accumulate: int, whose: str) -> None:
+    """Raises ConfigError unless the rows, of a batch or a device (`whose`), make whole
+    micro-batches."""
+    _divides("training.accumulate", accumulate, rows, f"the rows of {whose},")
+
+
+def _divides(field: str, value: int, whole: int, what: str) -> None:
+    _at_least(field, value, 1)
+    if whole % value:
+        divisors = (n for n in range(1, whole + 1) if whole % n == 0)
+        nearest = min(divisors, key=lambda n: abs(n - value))
         raise ConfigError(
-            f"training.update_length: must divide the sequence length {sequence_length}, "
-            f"got {update_length}; the nearest is {nearest}"
+            f"{field}: must divide {what} {whole}, got {value}; the nearest is {nearest}"
         )
 
 

@@ -4,7 +4,7 @@ B batch, T tokens of a window, U tokens of an update, N = T/U updates of a batch
 """
 
 import functools
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,27 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from model.config import ConfigError, ModelConfig, OptimizerConfig, validate, validate_update_length
+from model.accumulation import (
+    MicroBatches,
+    accumulated_gradients,
+    initial_caches,
+    merge_candidates,
+    no_candidates,
+    split_rows,
+)
+from model.config import (
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    validate,
+    validate_accumulation,
+    validate_update_length,
+)
 from model.layers import Randomness
-from model.objective import objective, token_nats
+from model.objective import token_nats
 from model.optimizer import apply_gradients, make_optimizer
 from model.quantizer import (
+    Candidates,
     CodeStatistics,
     codebook_health,
     dead_codes,
@@ -25,6 +41,7 @@ from model.quantizer import (
     spread_centres,
     update_codebooks,
 )
+from model.stability import SpikeStatistics, judge, no_statistics
 from model.transformer import Cache, bind, initial_cache, initial_network
 
 UPDATE_STREAM, BATCH_STREAM, CODEBOOK_STREAM = 0, 1, 2
@@ -36,9 +53,6 @@ CANDIDATES_PER_CODE = 16
 LOGITS_AT_ONCE = 2**24
 """Logits of the global batch that an evaluation holds at a time (64 MiB in float32), unless those
 of a single position are more."""
-
-SPIKE_MEMORY = 100
-"""Updates that the loss's moving mean and variance look back."""
 
 
 @runtime_checkable
@@ -64,19 +78,6 @@ class Batch(Protocol):
     def rows(self) -> UInt[Array, " B"]:
         """uint32 numbers of the rows in the training's endless sequence; dropouts read them."""
         ...
-
-
-class SpikeStatistics(NamedTuple):
-    """The recent course of the loss, and what was left out of it."""
-
-    mean: Float[Array, ""]
-    """Moving mean of the loss, nats per token."""
-    variance: Float[Array, ""]
-    """Moving variance of the loss around that mean."""
-    seen: Int[Array, ""]
-    """int32 updates in them."""
-    skipped: Int[Array, ""]
-    """int32 updates that were skipped as not finite, or after one that was, in their batch."""
 
 
 class TrainState(NamedTuple):
@@ -106,13 +107,15 @@ class UpdateMetrics(NamedTuple):
     gradient_norm: Float[Array, "*N"]
     """Global norm before clipping."""
     learning_rate: Float[Array, "*N"]
-    finite: Bool[Array, "*N"]
-    """Whether the update was applied: false from the first loss or gradient that is not finite to
-    the end of the batch."""
+    applied: Bool[Array, "*N"]
+    """Whether the update moved anything: false for a spike, and from the first loss or gradient
+    that is not finite to the end of the batch."""
     loss_spike_sigmas: Float[Array, "*N"]
     """Standard deviations of the loss above its moving mean; 0 while there is no mean."""
     skipped_updates: Int[Array, "*N"]
     """int32 updates skipped in the whole training so far."""
+    skipped_in_a_row: Int[Array, "*N"]
+    """int32 updates skipped since the last one that was applied."""
     codebook_perplexity: Float[Array, "*N"]
     codebook_usage: Float[Array, "*N"]
     """Fraction of the codes drawn."""
@@ -134,7 +137,7 @@ def initial_state(
         )
     key = jax.random.key(seed, impl="threefry2x32")
     params, codebooks = initial_network(model, key)
-    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    none = jnp.zeros((), jnp.int32)
     return TrainState(
         params=params,
         codebooks=codebooks,
@@ -142,7 +145,7 @@ def initial_state(
         updates=none,
         batches=none,
         key=jax.random.key_data(key),
-        spikes=SpikeStatistics(mean=zero, variance=zero, seen=none, skipped=none),
+        spikes=no_statistics(),
     )
 
 
@@ -152,29 +155,50 @@ def train_step(
     update_length: int,
     state: TrainState,
     batch: Batch,
+    *,
+    accumulate: int = 1,
+    spike_deviations: float | None = None,
 ) -> tuple[TrainState, UpdateMetrics]:
     """Trains on one batch: N optimizer steps along its windows, the cache carried and gradients
     cut between them (MODEL.md section 1.6). The cache begins empty.
 
-    Pure; meant for jit with the first three arguments bound and the state donated. Under sharded
+    Pure; meant for jit with all but `state` and `batch` bound and the state donated. Under sharded
     arguments its sums are over the global batch.
+
+    Args:
+        model, optimizer, update_length: of the recipe.
+        state: before the batch.
+        batch: its windows.
+        accumulate: micro-batches that an update's rows are split into; they change nothing but the
+            memory that it takes.
+        spike_deviations: skip an update whose loss is so many deviations above the mean (`judge`).
     """
     B, T = batch.inputs.shape
     validate_update_length(T, update_length)
+    validate_accumulation(B, accumulate, "the batch")
 
     def pieces(array: Array) -> Array:
-        return jnp.moveaxis(array.reshape(B, T // update_length, update_length), 1, 0)
+        parts = split_rows(array, accumulate)
+        return jnp.moveaxis(parts.reshape(*parts.shape[:2], -1, update_length), 2, 0)
 
-    randomness = _randomness(state, batch.rows)
-    step = functools.partial(_update, model, optimizer, randomness)
-    carry = (state, initial_cache(model, B, T), jnp.ones((), bool))
-    data = (pieces(batch.inputs), pieces(batch.targets), pieces(batch.loss_mask))
+    randomness = _randomness(state, split_rows(batch.rows, accumulate))
+    step = functools.partial(_update, model, optimizer, spike_deviations, randomness)
+    carry = (state, initial_caches(model, B, T, accumulate), jnp.ones((), bool))
+    data = MicroBatches(pieces(batch.inputs), pieces(batch.targets), pieces(batch.loss_mask))
     (state, _, _), metrics = lax.scan(step, carry, data)
     return state._replace(batches=state.batches + 1), metrics
 
 
-def _randomness(state: TrainState, rows: UInt[Array, " B"]) -> Randomness:
-    """That of a batch; its updates are yet to fold their number into `update`."""
+def go_on_from(earlier: TrainState, now: TrainState) -> TrainState:
+    """The earlier state at the position of the present one: counters never go back."""
+    spikes = earlier.spikes._replace(
+        skipped=now.spikes.skipped, in_a_row=jnp.zeros_like(now.spikes.in_a_row)
+    )
+    return earlier._replace(updates=now.updates, batches=now.batches, spikes=spikes)
+
+
+def _randomness(state: TrainState, rows: UInt[Array, "A b"]) -> Randomness:
+    """That of a batch in micro-batches; its updates are yet to fold their number into `update`."""
     key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
     return Randomness(
         update=jax.random.fold_in(key, UPDATE_STREAM),
@@ -184,34 +208,61 @@ def _randomness(state: TrainState, rows: UInt[Array, " B"]) -> Randomness:
 
 
 def kmeans_codebooks(
-    model: ModelConfig, update_length: int, state: TrainState, batch: Batch
+    model: ModelConfig,
+    update_length: int,
+    state: TrainState,
+    batch: Batch,
+    *,
+    accumulate: int = 1,
 ) -> TrainState:
     """The state with codebooks from k-means over keys that its next update will see, a random
     sample of its unmasked ones; meant for the first batch, before `train_step`.
 
     Layer after layer, as the keys of one depend on the codewords of those below. Each takes a
     forward pass through the whole network, so it costs as much as n_layers / 3 updates.
-    Counts are 1, as in random codebooks. Pure; meant for jit with the first two arguments bound.
+    Counts are 1, as in random codebooks. Pure; meant for jit with all but state and batch bound.
     """
     B, T = batch.inputs.shape
     validate_update_length(T, update_length)
-    inputs, loss_mask = (a[:, :update_length] for a in (batch.inputs, batch.loss_mask))
-    randomness = _randomness(state, batch.rows)
+    validate_accumulation(B, accumulate, "the batch")
+    n_candidates = CANDIDATES_PER_CODE * model.n_codes
+    inputs, loss_mask, rows = (
+        split_rows(array, accumulate)
+        for array in (
+            batch.inputs[:, :update_length],
+            batch.loss_mask[:, :update_length],
+            batch.rows,
+        )
+    )
+    randomness = _randomness(state, rows)
     randomness = randomness._replace(update=jax.random.fold_in(randomness.update, state.updates))
     key = jax.random.fold_in(
         jax.random.wrap_key_data(state.key, impl="threefry2x32"), CODEBOOK_STREAM
     )
 
     def cluster(layer: Int[Array, ""], codebooks: dict) -> dict:
-        statistics = bind(model, state.params, codebooks)(
-            inputs,
-            initial_cache(model, B),
-            loss_mask=loss_mask,
-            randomness=randomness,
-            n_candidates=CANDIDATES_PER_CODE * model.n_codes,
-        ).statistics
-        assert statistics is not None  # because keys are quantised and there is a loss mask
-        candidates = jax.tree.map(lambda leaf: leaf[layer], statistics.candidates)
+        def draw(part: tuple[Array, Array, Array]) -> Candidates:
+            inputs, loss_mask, rows = part
+            statistics = bind(model, state.params, codebooks)(
+                inputs,
+                initial_cache(model, len(inputs)),
+                loss_mask=loss_mask,
+                randomness=randomness._replace(rows=rows),
+                n_candidates=n_candidates,
+            ).statistics
+            # Because keys are quantised and there is a loss mask.
+            assert statistics is not None
+            assert statistics.candidates is not None
+            return jax.tree.map(lambda leaf: leaf[layer], statistics.candidates)
+
+        parts = (inputs, loss_mask, rows)
+        none = no_candidates(
+            jax.eval_shape(draw, jax.tree.map(lambda leaf: leaf[0], parts)),
+            min(n_candidates, inputs.size),
+        )
+        candidates, _ = lax.scan(
+            lambda drawn, part: (merge_candidates(drawn, draw(part)), None), none, parts
+        )
         centres = spread_centres(candidates, model.n_codes, jax.random.fold_in(key, layer))
         centres = move_to_means(centres, candidates, model.kmeans_iterations)
         old = codebooks["layers"]["codebook"]
@@ -227,32 +278,35 @@ def kmeans_codebooks(
 def _update(
     model: ModelConfig,
     optimizer: OptimizerConfig,
+    spike_deviations: float | None,
     randomness: Randomness,
     carry: tuple[TrainState, Cache, Bool[Array, ""]],
-    data: tuple[Int[Array, "B U"], Int[Array, "B U"], Bool[Array, "B U"]],
+    batch: MicroBatches,
 ) -> tuple[tuple[TrainState, Cache, Bool[Array, ""]], UpdateMetrics]:
-    """One optimizer step, or none if it or an earlier one of the batch is not finite."""
-    state, cache, sound = carry
-    inputs, targets, loss_mask = data
-    tokens = jnp.sum(loss_mask, dtype=jnp.int32)
-    counted = tokens if optimizer.loss_divisor == "targets" else jnp.asarray(inputs.size)
+    """One optimizer step, or none if it is a spike or if it or an earlier one of the batch is not
+    finite.
+
+    What a spike's tokens left in the cache stays there: the tokens after them were written to be
+    read after them. Of an update that is not finite, nothing stays.
+    """
+    state, caches, sound = carry
+    tokens = jnp.sum(batch.loss_mask, dtype=jnp.int32)
+    counted = tokens if optimizer.loss_divisor == "targets" else jnp.asarray(batch.inputs.size)
     divisor = jnp.maximum(counted, 1).astype(jnp.float32)
 
     randomness = randomness._replace(update=jax.random.fold_in(randomness.update, state.updates))
-    differentiate = jax.value_and_grad(functools.partial(objective, config=model), has_aux=True)
-    (_, parts), gradients = differentiate(
-        state.params, state.codebooks, cache, inputs, targets, loss_mask, divisor, randomness
+    gradients, parts = accumulated_gradients(
+        model, state.params, state.codebooks, caches, batch, divisor, randomness
     )
     applied = apply_gradients(optimizer, state.params, state.optimizer, gradients, state.updates)
     loss = (parts.nats / jnp.maximum(tokens, 1)).astype(jnp.float32)
     sound = sound & jnp.isfinite(loss) & jnp.isfinite(applied.gradient_norm)
-    spikes, sigmas = _watch(state.spikes, loss, sound)
+    spikes, verdict = judge(state.spikes, loss, sound, spike_deviations)
     codebooks, dead = _move_codebooks(model, state.codebooks, parts.statistics)
-    moved = (applied.params, applied.optimizer, codebooks, parts.cache)
-    kept = (state.params, state.optimizer, state.codebooks, cache)
-    params, optimizer_state, codebooks, cache = jax.tree.map(
-        lambda new, old: jnp.where(sound, new, old), moved, kept
-    )
+
+    def chosen(right: Bool[Array, ""], new: Any, old: Any) -> Any:
+        return jax.tree.map(functools.partial(jnp.where, right), new, old)
+
     health = codebook_health(parts.statistics)
     metrics = UpdateMetrics(
         loss=loss,
@@ -260,22 +314,25 @@ def _update(
         tokens=tokens,
         gradient_norm=applied.gradient_norm.astype(jnp.float32),
         learning_rate=applied.learning_rate,
-        finite=sound,
-        loss_spike_sigmas=sigmas,
+        applied=verdict.applied,
+        loss_spike_sigmas=verdict.sigmas,
         skipped_updates=spikes.skipped,
+        skipped_in_a_row=spikes.in_a_row,
         codebook_perplexity=health.perplexity.astype(jnp.float32),
         codebook_usage=health.usage.astype(jnp.float32),
         relative_error=health.relative_error.astype(jnp.float32),
         dead_codes=dead.astype(jnp.float32),
     )
-    state = state._replace(
-        params=params,
-        codebooks=codebooks,
-        optimizer=optimizer_state,
+    state = TrainState(
+        params=chosen(verdict.applied, applied.params, state.params),
+        codebooks=chosen(verdict.applied, codebooks, state.codebooks),
+        optimizer=chosen(verdict.applied, applied.optimizer, state.optimizer),
         updates=state.updates + 1,
+        batches=state.batches,
+        key=state.key,
         spikes=spikes,
     )
-    return (state, cache, sound), metrics
+    return (state, chosen(sound, parts.cache, caches), sound), metrics
 
 
 def _move_codebooks(
@@ -290,25 +347,6 @@ def _move_codebooks(
         assert statistics.candidates is not None  # because the objective asks for them
         codebooks = revive_codes(codebooks, statistics.candidates, model.revive_below)
     return codebooks, dead
-
-
-def _watch(
-    spikes: SpikeStatistics, loss: Float[Array, ""], sound: Bool[Array, ""]
-) -> tuple[SpikeStatistics, Float[Array, ""]]:
-    """The statistics after an update, and how far the loss lay above them before it."""
-    difference = loss - spikes.mean
-    deviation = jnp.sqrt(spikes.variance)
-    sigmas = jnp.where(deviation > 0, difference / jnp.maximum(deviation, 1e-30), 0)
-    # A plain mean and variance to begin with, then moving ones.
-    weight = 1 / jnp.minimum(spikes.seen + 1, SPIKE_MEMORY).astype(jnp.float32)
-    with_it = SpikeStatistics(
-        mean=spikes.mean + weight * difference,
-        variance=(1 - weight) * (spikes.variance + weight * difference**2),
-        seen=spikes.seen + 1,
-        skipped=spikes.skipped,
-    )
-    without_it = spikes._replace(skipped=spikes.skipped + 1)
-    return jax.tree.map(lambda new, old: jnp.where(sound, new, old), with_it, without_it), sigmas
 
 
 def evaluation_step(

@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from jobs.metric_spool import (
@@ -18,11 +17,15 @@ from jobs.metric_spool import (
     segment_number,
     segments,
 )
+from pipeline.errors import CorpusError
+from pipeline.storage import Location, is_url
 
 TOKENS_METRIC = "train/tokens"
 """A point's `tokens`, stored with it, so that curves can be drawn over tokens."""
 
 _POLL_SECONDS = 0.5
+_POLL_STORE_SECONDS = 2.0
+"""In an object store, where each look is a request that is paid for."""
 _LONGEST_PAUSE_SECONDS = 60.0
 _MEASUREMENTS_PER_CALL = 1000
 
@@ -84,8 +87,9 @@ class Delivery:
         self._operations: deque[tuple[str, int, Callable[[], None]]] = deque()
         self._marks: dict[str, int] = {}
         self._refused: set[str] = set()
-        self._folder: Path | None = None
+        self._folder: Location | None = None
         self._shown = 0
+        self._unread = False
         self._opened = threading.Event()
         self._viewer: threading.Thread | None = None
         self._viewer_ends = threading.Event()
@@ -109,7 +113,7 @@ class Delivery:
         after = last_number(self._folder) if self._folder else 0
         self._operations.append((what, after, send))
 
-    def attach(self, folder: Path, on_points: Callable[[list[MetricPoint]], None]) -> None:
+    def attach(self, folder: Location, on_points: Callable[[list[MetricPoint]], None]) -> None:
         """Takes the points of the spool in `folder`, which need not exist yet, from now on.
 
         `on_points` is called from a thread, within 0.5 s of a flush, also with points that an
@@ -145,18 +149,31 @@ class Delivery:
             self._say(f"not everything reached {self._destination.name}{kept if left else ''}")
         return self._complete
 
-    def _show_all(self, folder: Path, on_points: Callable[[list[MetricPoint]], None]) -> None:
+    def _show_all(self, folder: Location, on_points: Callable[[list[MetricPoint]], None]) -> None:
         last_round = False
         while not last_round:
-            last_round = self._viewer_ends.wait(_POLL_SECONDS)
-            for path in segments(folder):
-                if segment_number(path) <= self._shown:
-                    continue
-                try:
-                    on_points(read_segment(path).points)
-                except Exception as error:
-                    self._say(f"metrics in {path} could not be shown ({error})")
-                self._shown = segment_number(path)
+            last_round = self._viewer_ends.wait(_poll_seconds(folder))
+            try:
+                self._show_new(folder, on_points)
+            except CorpusError as error:  # what is missing is shown once the store is well
+                if not self._unread:
+                    self._unread = True
+                    self._say(f"metrics cannot be read for now ({error})")
+
+    def _show_new(self, folder: Location, on_points: Callable[[list[MetricPoint]], None]) -> None:
+        for name in segments(folder):
+            if segment_number(name) <= self._shown:
+                continue
+            try:
+                points = read_segment(folder, name).points
+            except FileNotFoundError:
+                continue  # acknowledged since it was listed
+            self._unread = False
+            try:
+                on_points(points)
+            except Exception as error:
+                self._say(f"metrics in {folder}/{name} could not be shown ({error})")
+            self._shown = segment_number(name)
 
     def _send_all(self) -> None:
         pause = 0.0
@@ -167,7 +184,7 @@ class Delivery:
             else:
                 pause = min(max(1.0, 2 * pause), _LONGEST_PAUSE_SECONDS)
             if not last_round:
-                self._closing.wait(pause or _POLL_SECONDS)
+                self._closing.wait(pause or _poll_seconds(self._folder))
                 continue
             left_s = self._deadline - time.monotonic()
             if not pause and not self._left():
@@ -209,15 +226,15 @@ class Delivery:
         """Sends the segments that were shown, as many to a call as fit."""
         if self._folder is None:
             return
-        waiting: list[tuple[Path, str | None]] = []
+        waiting: list[tuple[str, str | None]] = []
         measurements: list[Measurement] = []
         marks = dict(self._marks)
-        for path in segments(self._folder):
-            if segment_number(path) > self._shown:
+        for name in segments(self._folder):
+            if segment_number(name) > self._shown:
                 break
-            points, damage = read_segment(path)
+            points, damage = read_segment(self._folder, name)
             measurements += self._new(points, marks)
-            waiting.append((path, damage))
+            waiting.append((name, damage))
             if len(measurements) >= _MEASUREMENTS_PER_CALL:
                 self._send_and_acknowledge(measurements, waiting)
                 measurements, waiting = [], []
@@ -234,7 +251,7 @@ class Delivery:
         return new
 
     def _send_and_acknowledge(
-        self, measurements: list[Measurement], waiting: list[tuple[Path, str | None]]
+        self, measurements: list[Measurement], waiting: list[tuple[str, str | None]]
     ) -> None:
         for begin in range(0, len(measurements), _MEASUREMENTS_PER_CALL):
             chunk = measurements[begin : begin + _MEASUREMENTS_PER_CALL]
@@ -242,8 +259,9 @@ class Delivery:
                 self._refused.add(name)
                 self._say(f"metric {name!r} is left out: {reason}")
             self._marks.update((one.name, one.step) for one in chunk)
-        for path, damage in waiting:
-            acknowledge(path, damaged=damage is not None)
+        for name, damage in waiting:
+            assert self._folder is not None, "what waits was read there"
+            acknowledge(self._folder, name, damaged=damage is not None)
             if damage:
                 self._say(f"{damage}; its other lines are stored, the file is kept as *.damaged")
 
@@ -258,3 +276,8 @@ class Delivery:
             except Refusal as refusal:
                 self._say(f"{what} is left out: {refusal}")
             self._operations.popleft()
+
+
+def _poll_seconds(folder: Location | None) -> float:
+    in_store = isinstance(folder, str) and is_url(folder)
+    return _POLL_STORE_SECONDS if in_store else _POLL_SECONDS

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jobs.errors import UserError
+from pipeline.storage import Location, is_url
 
 
 class Store(NamedTuple):
@@ -25,9 +26,15 @@ class Store(NamedTuple):
     """Of experiments created there; None: the server decides."""
 
 
-def embedded_store(root: Path) -> Store:
+def embedded_store(root: Location) -> Store:
     """The store without a server: a SQLite file and a folder of artifacts under `root`."""
-    root = root.resolve()
+    if is_url(str(root)):
+        raise UserError(
+            f"tracking.uri: the runs lie in {root}, and MLflow cannot keep its SQLite file in a"
+            " bucket; set tracking.uri or MLFLOW_TRACKING_URI to a server, or to"
+            " sqlite:////PATH/mlflow.db on this machine"
+        )
+    root = Path(root).resolve()
     if strange := set("?#%") & set(str(root)):
         raise UserError(
             f"{root}: MLflow cannot keep its SQLite file under a path with {' '.join(strange)};"

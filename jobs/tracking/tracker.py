@@ -4,13 +4,13 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Self
 
 from jobs.metric_spool import MetricPoint
 from jobs.tracking.delivery import Delivery, Measurement
 from jobs.tracking.mlflow_run import MlflowRun
 from jobs.tracking.store import Store, load, reason, without_credentials
+from pipeline.storage import Location
 
 _LONGEST_PARAMETER = 500
 _LONGEST_DIGEST = 36
@@ -68,7 +68,9 @@ class Tracker:
         """The MLflow run id, waiting until the store has answered; None if it did not in time."""
         return self._run.run_id if self._delivery.wait_until_open(timeout_s) else None
 
-    def attach_spool(self, folder: Path, on_points: Callable[[list[MetricPoint]], None]) -> None:
+    def attach_spool(
+        self, folder: Location, on_points: Callable[[list[MetricPoint]], None]
+    ) -> None:
         """Sends what appears in the spool `folder`, and calls `on_points` with it at once.
 
         `on_points` is called from a thread, within 0.5 s of a flush, whether the store answers or

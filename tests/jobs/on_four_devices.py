@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from jobs.checkpoint_manifest import complete_checkpoints
-from jobs.checkpoints import CheckpointWriter, leaf_sums, restore_newest
+from jobs.checkpoint_writer import CheckpointWriter
+from jobs.checkpoints import leaf_sums, restore_newest
 from jobs.global_batch import GlobalBatch
-from jobs.run_directory import Fence, Lease, RunDirectory
+from jobs.lease import Fence, Lease
+from jobs.recipe import CheckpointConfig
+from jobs.run_directory import RunDirectory
 from model.config import PRESETS, OptimizerConfig
 from model.sharding import abstract_state, batch_sharding, make_mesh
 from model.training import initial_state
@@ -74,7 +77,9 @@ def test_a_checkpoint_restores_on_every_mesh(state: Any, saved_on: str, tmp_path
     with Lease(run).held() as lease:
         fence = Fence(run, lease.owner)
         fence.raise_over_others()
-        writer = CheckpointWriter(run, fence, keep=1, recipe="", fingerprints={})
+        writer = CheckpointWriter(
+            run, fence, keep=CheckpointConfig(keep=1), recipe="", fingerprints={}
+        )
         with contextlib.closing(writer):
             writer.save(placed, update=2, next_batch=1, tokens=3)
     [manifest] = complete_checkpoints(run)

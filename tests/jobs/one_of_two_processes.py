@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jobs.checkpoint_manifest import checkpoint_folder
-from jobs.checkpoints import CheckpointWriter, restore_newest
+from jobs.checkpoint_writer import CheckpointWriter
+from jobs.checkpoints import restore_newest
 from jobs.global_batch import GlobalBatch
-from jobs.run_directory import Fence, RunDirectory
+from jobs.lease import Fence
+from jobs.recipe import CheckpointConfig
+from jobs.run_directory import RunDirectory
 from model.sharding import batch_sharding, make_mesh
 from pipeline.loader import Batch, training_batches
 
@@ -70,10 +72,10 @@ def checkpoint(run: RunDirectory) -> dict[str, Any]:
     fence = Fence(run, "the test")
     if jax.process_index() == 0:
         fence.raise_over_others()
-    writer = CheckpointWriter(run, fence, keep=2, recipe="", fingerprints={})
+    writer = CheckpointWriter(run, fence, keep=CheckpointConfig(), recipe="", fingerprints={})
     with contextlib.closing(writer):
         for update in (2, 4, 6):
-            writer.save(state, update=update, next_batch=update, tokens=0)
+            writer.save(state, update=update, next_batch=update, tokens=0, last=True)
     abstract = {"a": jax.ShapeDtypeStruct(values.shape, jnp.float32, sharding=sharding)}
 
     def restored(run: RunDirectory) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def as_seen_by_this_host(run: RunDirectory, harm: str) -> RunDirectory:
         return run
     copy = RunDirectory(run.path.with_name(f"seen by rank 1, {harm}"))
     shutil.copytree(run.path, copy.path)
-    HARMS[harm](checkpoint_folder(copy, 6))
+    HARMS[harm](copy.path / "checkpoints" / "00000006")
     return copy
 
 

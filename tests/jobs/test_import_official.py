@@ -77,7 +77,7 @@ def test_the_run_has_every_number_and_can_be_used(workplace: Path, capsys):
     ):
         np.testing.assert_array_equal(ours, theirs)
     recipe = trained.recipe
-    assert recipe == recipes.from_yaml(run.recipe.read_text(), "stored")
+    assert recipe == recipes.from_yaml(run.recipe_text(), "stored")
     assert (trained.update, recipe.model, recipe.optimizer) == (UPDATES, model, optimizer)
     assert (recipe.data.sequence_length, recipe.training.update_length) == (64, 16)
     assert (recipe.training.batch_size, recipe.training.steps) == (8, UPDATES)
@@ -119,7 +119,7 @@ def test_an_import_that_was_cut_off_is_completed(workplace: Path, capsys):
     assert "imported update 125,000 as run " in capsys.readouterr().out
     run = RunDirectory(workplace / "runs" / "official")
     first = complete_checkpoints(run)
-    shutil.rmtree(run.checkpoints / f"{UPDATES:08d}")
+    shutil.rmtree(run.path / "checkpoints" / f"{UPDATES:08d}")
     assert run_cli(command()) == ExitCode.OK
     assert [one.sums for one in complete_checkpoints(run)] == [one.sums for one in first]
     recipe = recipes.from_yaml(first[0].recipe, "stored")

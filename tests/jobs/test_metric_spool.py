@@ -36,7 +36,7 @@ def test_a_flush_is_one_numbered_file_of_the_documented_lines(folder: Path):
     spool = MetricSpool(folder)
     spool.append(MetricPoint(7, 70, 1234, {"train/loss_nats_per_token": 2.31}))
     spool.append(point(8))
-    assert names(folder) == []
+    assert segments(folder) == []
     spool.flush()
     spool.flush()
     assert names(folder) == ["00000001.jsonl"]
@@ -56,7 +56,7 @@ def test_append_flushes_at_most_once_a_second(folder: Path):
         spool.append(point(step))
         now += 0.3
     spool.flush()
-    sizes = [len(read_segment(path).points) for path in segments(folder)]
+    sizes = [len(read_segment(folder, name).points) for name in segments(folder)]
     assert sizes == [5, 4, 4, 4, 4, 4, 4, 1]
 
 
@@ -67,7 +67,7 @@ def test_values_that_are_not_finite_and_numpy_scalars_survive(folder: Path):
     spool = MetricSpool(folder)
     spool.append(MetricPoint(np.int32(1), np.int64(10), 5, values))  # type: ignore[arg-type]
     spool.flush()
-    [read] = read_segment(folder / "00000001.jsonl").points
+    [read] = read_segment(folder, "00000001.jsonl").points
     assert (read.step, read.tokens) == (1, 10)
     assert math.isnan(read.values["nan"])
     assert read.values["inf"] == math.inf
@@ -81,14 +81,14 @@ def test_numbers_go_on_after_what_exists_and_after_what_was_acknowledged(folder:
         spool.append(point(1))
         spool.flush()
     assert names(folder) == ["00000001.jsonl", "00000002.jsonl"]
-    for path in segments(folder):
-        acknowledge(path)
+    for name in segments(folder):
+        acknowledge(folder, name)
     assert segments(folder) == []
     assert last_number(folder) == 2
     later = MetricSpool(folder)
     later.append(point(2))
     later.flush()
-    assert [path.name for path in segments(folder)] == ["00000003.jsonl"]
+    assert segments(folder) == ["00000003.jsonl"]
 
 
 def test_two_writers_at_once_overwrite_nothing(folder: Path):
@@ -97,7 +97,7 @@ def test_two_writers_at_once_overwrite_nothing(folder: Path):
         for spool, shift in ((first, 0), (second, 100)):
             spool.append(point(step + shift))
             spool.flush()
-    steps = [p.step for path in segments(folder) for p in read_segment(path).points]
+    steps = [p.step for name in segments(folder) for p in read_segment(folder, name).points]
     assert steps == [0, 100, 1, 101, 2, 102]
 
 
@@ -105,12 +105,13 @@ def test_segments_are_ordered_by_number_beyond_eight_digits(folder: Path):
     folder.mkdir(parents=True)
     for number in ("100000000", "99999999", "00000002"):
         (folder / f"{number}.jsonl").touch()
-    assert [path.stem for path in segments(folder)] == ["00000002", "99999999", "100000000"]
+    assert segments(folder) == ["00000002.jsonl", "99999999.jsonl", "100000000.jsonl"]
 
 
 def test_foreign_files_are_ignored_and_unfinished_ones_removed(folder: Path):
     MetricSpool(folder)
-    for name in ("notes.jsonl", "1.json", "0000001x.jsonl", ".writing-77.jsonl"):
+    for name in ("notes.jsonl", "1.json", "0000001x.jsonl", "00000001.jsonl.5f.tmp"):
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}\n")
     assert segments(folder) == []
     MetricSpool(folder)
@@ -135,7 +136,7 @@ def test_a_damaged_line_is_named_and_the_others_are_read(folder: Path, line: str
     path = folder / "00000001.jsonl"
     good = path.read_text().splitlines()
     path.write_text("\n".join([good[0], line, good[1]]))
-    read = read_segment(path)
+    read = read_segment(folder, path.name)
     assert [p.step for p in read.points] == [1, 2]
     assert read.damage
     assert f"{path}, line 2" in read.damage
@@ -146,8 +147,8 @@ def test_an_empty_segment_is_damage_and_is_kept_aside(folder: Path):
     folder.mkdir(parents=True)
     path = folder / "00000001.jsonl"
     path.touch()
-    assert "empty" in str(read_segment(path).damage)
-    acknowledge(path, damaged=True)
+    assert "empty" in str(read_segment(folder, path.name).damage)
+    acknowledge(folder, path.name, damaged=True)
     assert names(folder) == ["00000001.jsonl.damaged", "acknowledged"]
 
 
@@ -166,7 +167,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
     assert ended.returncode == -9
-    read = [read_segment(path) for path in segments(folder)]
+    read = [read_segment(folder, name) for name in segments(folder)]
     assert all(segment.damage is None for segment in read)
     points = [p for segment in read for p in segment.points]
     assert points == [MetricPoint(step, step, step, {"a": step / 3}) for step in range(90)]
@@ -181,5 +182,5 @@ def test_without_hard_links_a_segment_is_still_never_overwritten(folder: Path, m
     for step, spool in enumerate((first, second, first)):
         spool.append(point(step))
         spool.flush()
-    assert [read_segment(path).points[0].step for path in segments(folder)] == [0, 1, 2]
+    assert [read_segment(folder, name).points[0].step for name in segments(folder)] == [0, 1, 2]
     assert names(folder) == ["00000001.jsonl", "00000002.jsonl", "00000003.jsonl"]

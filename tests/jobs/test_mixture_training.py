@@ -153,7 +153,7 @@ def test_stopped_and_resumed_where_the_corpora_moved(workplace, undisturbed):
 @pytest.mark.tracking
 def test_other_weights_or_corpora_are_refused_with_the_difference(workplace, undisturbed):
     wiki, books = workplace.wiki, workplace.books
-    before = undisturbed.run.recipe.read_text()
+    before = undisturbed.run.recipe_text()
     with pytest.raises(UserError) as caught:
         begin(workplace, "undisturbed", mixture(wiki, 1, books, 1))
     assert "was begun with other weights" in str(caught.value)
@@ -164,7 +164,7 @@ def test_other_weights_or_corpora_are_refused_with_the_difference(workplace, und
     for data in (f"data.corpus={wiki}", f"data.mixture={{{wiki}: 3}}"):
         with pytest.raises(UserError, match="was begun on another corpus: the train split there"):
             begin(workplace, "undisturbed", data)
-    assert undisturbed.run.recipe.read_text() == before
+    assert undisturbed.run.recipe_text() == before
 
 
 @pytest.mark.compiles

@@ -19,7 +19,7 @@ from jobs import recipe as recipes
 from jobs.errors import ExitCode, UserError
 from jobs.recipe import Recipe, field_reference, from_yaml, load, to_yaml
 from jobs.recipe_yaml import named_recipes, parse_yaml, stated
-from model.config import PRESETS, ModelConfig
+from model.config import PRESETS
 
 CORE_SCHEMA = [
     # YAML 1.2.2, chapter 10.3: the only plain scalars that are not strings.
@@ -66,6 +66,9 @@ ANOTHER = {
     "data.mixture": {"a folder": 3, "b": 0.5},
     "data.shuffle_span": 3,
     "data.cache_bytes": 2**30,
+    "training.accumulate": 2,
+    "training.spike_deviations": 6.0,
+    "cluster.peak_flops": 1e12,
     "model.d_feed_forward": 64,
     "model.n_kv_heads": 2,
     "model.gradient_block": 32,
@@ -75,8 +78,14 @@ ANOTHER = {
     "optimizer.b1": 0.8,
     "optimizer.b2": 0.9,
     "optimizer.eps": 1e-8,
+    "checkpoint.keep_every": 400,
+    "checkpoint.best_metric": "eval/loss_nats_per_token",
     "tracking.uri": "sqlite:///other.db",
     "tracking.experiment": "12:30",
+    "cluster.devices_per_worker": 4,
+    "cluster.accelerator_version": "v6e",
+    "cluster.topology": "2x2x2",
+    "cluster.coordinator_port": 8476,
     "cluster.address": "auto",
     "cluster.data": 2,
 }
@@ -94,18 +103,30 @@ OPERATIONAL = {
     "training.steps",
     "training.evaluate_every",
     "training.evaluate_windows",
+    "training.accumulate",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.keep_every",
+    "checkpoint.keep_best",
+    "checkpoint.best_metric",
     "tracking.uri",
     "tracking.experiment",
     "cluster.workers",
     "cluster.cpus_per_worker",
+    "cluster.accelerator",
+    "cluster.devices_per_worker",
+    "cluster.accelerator_version",
+    "cluster.topology",
     "cluster.address",
     "cluster.data",
     "cluster.fsdp",
     "cluster.tensor",
     "cluster.max_restarts",
+    "cluster.peak_flops",
     "cluster.heartbeat_seconds",
+    "cluster.start_timeout_seconds",
+    "cluster.join_timeout_seconds",
+    "cluster.coordinator_port",
 }
 
 
@@ -149,6 +170,8 @@ NEEDED = {
     # What else must change with a field, for the recipe to be possible.
     "model.gradient_through_cache": {"gradient_block": 32},
     "model.n_kv_heads": {"n_heads": 4},
+    "cluster.accelerator_version": {"accelerator": "tpu", "topology": "2x4"},
+    "cluster.topology": {"accelerator": "tpu", "accelerator_version": "v4"},
 }
 
 
@@ -161,8 +184,9 @@ def changed(name: str) -> Recipe:
 
 def unchanged(name: str) -> Recipe:
     """The default recipe with what a change of that field needs besides."""
-    model = dataclasses.replace(ModelConfig(), **NEEDED.get(name, {}))
-    return dataclasses.replace(Recipe(), model=model)
+    section = name.partition(".")[0]
+    part = dataclasses.replace(getattr(Recipe(), section), **NEEDED.get(name, {}))
+    return dataclasses.replace(Recipe(), **{section: part})
 
 
 @pytest.mark.parametrize(("text", "value"), CORE_SCHEMA)
@@ -381,7 +405,8 @@ def test_the_tables_of_this_test_name_fields_that_exist():
 def test_each_field_survives_yaml_and_can_be_overridden(name: str):
     recipe = changed(name)
     assert from_yaml(to_yaml(recipe), "here") == recipe
-    needed = [f"model.{field}={value}" for field, value in NEEDED.get(name, {}).items()]
+    section = name.partition(".")[0]
+    needed = [f"{section}.{field}={value}" for field, value in NEEDED.get(name, {}).items()]
     overridden = load("tiny", (*BASE, *needed, f"{name}={another(name)}"))
     assert recipes.flatten(overridden)[name] == another(name)
 

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jobs.ledger import Ledger, skipped_updates
 from jobs.metric_spool import MetricPoint, MetricSpool, read_segment, segments
 from jobs.recorder import Recorder
 from model.training import UpdateMetrics
+from pipeline.storage import open_store
 
 NAMES = {
     "train/loss_nats_per_token": "loss",
@@ -39,7 +41,7 @@ def metrics_of(batch: int, updates: int = 2) -> UpdateMetrics:
     return UpdateMetrics(
         **{
             name: jnp.asarray(100 * batch + 10 * np.arange(updates) + number, jnp.int32)
-            if name in ("tokens", "skipped_updates")
+            if name in ("tokens", "skipped_updates", "skipped_in_a_row")
             else jnp.asarray(100 * batch + 10 * np.arange(updates) + number / 8, jnp.float32)
             for number, name in enumerate(UpdateMetrics._fields)
         }
@@ -47,7 +49,7 @@ def metrics_of(batch: int, updates: int = 2) -> UpdateMetrics:
 
 
 def points_in(folder: Path) -> list[MetricPoint]:
-    found = [read_segment(path) for path in segments(folder)]
+    found = [read_segment(folder, name) for name in segments(folder)]
     assert all(segment.damage is None for segment in found)
     return [point for segment in found for point in segment.points]
 
@@ -61,7 +63,9 @@ def clock() -> Clock:
 def recorder(tmp_path: Path, clock: Clock) -> Recorder:
     # Two bits a byte for every nat: an oracle that needs no corpus.
     spool = MetricSpool(tmp_path, flush_seconds=1e9)
-    return Recorder(spool, tokens=5000, bits_per_byte=lambda nats: 2 * nats, clock=clock)
+    return Recorder(
+        spool, run="a", batch_size=4, tokens=5000, bits_per_byte=lambda nats: 2 * nats, clock=clock
+    )
 
 
 def test_every_figure_of_every_update_becomes_a_value(recorder: Recorder, tmp_path: Path):
@@ -181,7 +185,9 @@ def test_speed_is_that_of_whole_batches_without_the_evaluation(
 
 
 def test_a_process_without_the_spool_counts_the_same(tmp_path: Path, clock: Clock):
-    other = Recorder(None, tokens=5000, bits_per_byte=lambda nats: nats, clock=clock)
+    other = Recorder(
+        None, run="a", batch_size=4, tokens=5000, bits_per_byte=lambda nats: nats, clock=clock
+    )
     for n in (1, 2):
         other.updates(2 * n, metrics_of(n))
     other.evaluation(4, lambda: {"eval/bits_per_byte": 1.0})
@@ -197,3 +203,52 @@ def test_what_is_not_finite_is_recorded_as_it_is(recorder: Recorder, tmp_path: P
     losses = [point.values["train/loss_nats_per_token"] for point in points_in(tmp_path)]
     assert np.isnan(losses[0])
     assert losses[1] == np.inf
+
+
+def test_skipped_updates_are_told_once_with_what_shows_them(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+):
+    store = open_store(tmp_path)
+    ledger = Ledger(store)
+    recorder = Recorder(
+        None, run="a", batch_size=4, tokens=0, ledger=ledger,
+        bits_per_byte=lambda nats: nats, mfu=None, clock=clock,
+    )  # fmt: skip
+    nothing_wrong = metrics_of(1, updates=3)
+    broken = metrics_of(1, updates=3)._replace(
+        loss=jnp.asarray([1.0, jnp.nan, 2.0]),
+        applied=jnp.asarray([True, False, False]),
+        skipped_in_a_row=jnp.asarray([0, 1, 2]),
+    )
+    spike = metrics_of(1, updates=3)._replace(
+        loss=jnp.asarray([1.0, 70.0, 2.0]),
+        applied=jnp.asarray([True, False, True]),
+        skipped_in_a_row=jnp.asarray([0, 1, 0]),
+    )
+    for n, metrics in enumerate((nothing_wrong, broken, spike), start=1):
+        recorder.updates(3 * n, metrics)
+    assert recorder.skipped_in_a_row == 2
+    recorder.flush()
+    assert recorder.skipped_in_a_row == 0
+    ledger.close()
+    # Batch 1 is updates 4 to 6 and rows 4 to 7, batch 2 updates 7 to 9 and rows 8 to 11.
+    found = [(s.update, s.batch, s.first_row, s.last_row) for s in skipped_updates(store)]
+    assert found == [(5, 1, 4, 7), (6, 1, 4, 7), (8, 2, 8, 11)]
+    assert [s.loss for s in skipped_updates(store)][1:] == [2, 70]
+    first, second = caplog.messages
+    assert first.startswith("batch 1: 2 of its 3 updates skipped, update 5 first: loss nan and")
+    assert "`tvq inspect --run a --step 1`" in first
+    assert second.startswith("batch 2: 1 of its 3 updates skipped, update 8 first: its loss 70 is")
+
+
+def test_utilisation_is_of_the_speed(tmp_path: Path, clock: Clock):
+    recorder = Recorder(
+        MetricSpool(tmp_path), run="a", batch_size=4, tokens=0, bits_per_byte=lambda nats: nats,
+        mfu=lambda rate: rate / 1000, clock=clock,
+    )  # fmt: skip
+    for n in (1, 2):
+        recorder.updates(2 * n, metrics_of(n))
+        clock.now += 2
+    recorder.flush()
+    values = points_in(tmp_path)[-1].values
+    assert values["perf/mfu"] == pytest.approx(values["perf/tokens_per_second"] / 1000)

@@ -18,15 +18,8 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import ExitCode, UserError
-from jobs.run_directory import (
-    Fence,
-    Lease,
-    LeaseLostError,
-    RunDirectory,
-    RunRecord,
-    list_runs,
-    write_atomically,
-)
+from jobs.lease import Fence, Lease, LeaseLostError
+from jobs.run_directory import RunDirectory, RunRecord, list_runs
 
 RACERS, ATTEMPTS = 6, 10
 FINGERPRINTS = {"train": "a" * 64, "validation": "b" * 64}
@@ -94,7 +87,7 @@ def _race(root: str, number: int, barrier, results) -> None:
         barrier.wait(60)
         try:
             record = run.claim(f"identity {number}", FINGERPRINTS, f"# {number}\n")
-            results.put((attempt, dataclasses.asdict(record), run.recipe.read_text()))
+            results.put((attempt, dataclasses.asdict(record), run.recipe_text()))
         except UserError as error:
             results.put((attempt, str(error), ""))
 
@@ -143,7 +136,7 @@ def test_an_empty_folder_can_be_claimed(tmp_path: Path):
     (tmp_path / "first").mkdir()
     run = RunDirectory.at(tmp_path, "first")
     assert run.claim("abc", {}, "").name == "first"
-    assert run.recipe.exists()
+    assert (run.path / "recipe.yaml").exists()
 
 
 def test_a_claim_that_was_killed_does_not_block_the_name(tmp_path: Path):
@@ -172,7 +165,7 @@ def test_a_claim_that_was_killed_does_not_block_the_name(tmp_path: Path):
         ended.append(process.returncode)
         run = RunDirectory.at(root, "first")
         record = run.claim("two", {}, "second")
-        assert run.recipe.read_text() == {"one": "first", "two": "second"}[record.identity]
+        assert run.recipe_text() == {"one": "first", "two": "second"}[record.identity]
         assert [other.name for other in list_runs(root)] == ["first"]
         if process.returncode == 0:
             break
@@ -244,7 +237,7 @@ def test_a_run_is_found_by_name_or_path_and_others_are_listed(run: RunDirectory,
     assert RunDirectory.existing(run.root, "first").path == run.path
     assert RunDirectory.existing(tmp_path, str(run.path)).path == run.path
     RunDirectory.at(run.root, "second").claim("abc", {}, "")
-    (run.root / "models").mkdir()
+    (run.path.parent / "models").mkdir()
     assert [other.name for other in list_runs(run.root)] == ["first", "second"]
     with pytest.raises(UserError, match=r"'third': not found under .*there are first, second"):
         RunDirectory.existing(run.root, "third")
@@ -447,16 +440,17 @@ def test_a_reader_sees_whole_files_while_their_writer_is_killed(tmp_path: Path):
     path = tmp_path / "a file.json"
     # 300 kB: one write call of the writer takes several of the kernel.
     command = (
-        "import json, sys, itertools, pathlib; from jobs.run_directory import write_atomically\n"
+        "import json, sys, itertools, pathlib; from pipeline.storage import open_store\n"
         "for n in itertools.count(int(sys.argv[2])):\n"
-        "    write_atomically(pathlib.Path(sys.argv[1]), json.dumps({'n': n, 'x': [n] * 40000}))\n"
+        "    text = json.dumps({'n': n, 'x': [n] * 40000})\n"
+        "    open_store(pathlib.Path(sys.argv[1])).write('a file.json', text.encode())\n"
         "    print(n, flush=True)\n"
     )
-    write_atomically(path, json.dumps({"n": 0, "x": [0] * 40000}))
+    path.write_text(json.dumps({"n": 0, "x": [0] * 40000}))
     seen = set()
     for life in range(3):
         process = subprocess.Popen(
-            [sys.executable, "-c", command, str(path), str((life + 1) * 1000)],
+            [sys.executable, "-c", command, str(path.parent), str((life + 1) * 1000)],
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
         )

@@ -150,7 +150,7 @@ def test_longer_run_continues_under_the_schedule_it_began_with(workplace, undist
     run = RunDirectory(workplace / "runs" / name)
     assert newest_update(run) == 48
     assert losses(run)[:STEPS] == losses(undisturbed)
-    stored = recipes.from_yaml(run.recipe.read_text(), "test")
+    stored = recipes.from_yaml(run.recipe_text(), "test")
     assert stored.optimizer.schedule_steps == STEPS
 
 

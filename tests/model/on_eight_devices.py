@@ -31,19 +31,24 @@ def optimizer(name):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "axes"),
+    ("kind", "name", "axes", "accumulate"),
     [
-        ("gated", "adafactor", (2, 2, 2)),
-        ("grouped", "lion", (2, 2, 2)),
+        ("gated", "adafactor", (2, 2, 2), 2),
+        ("grouped", "lion", (2, 2, 2), 1),
         # Splits heads of queries, but not the only one of keys.
-        ("multi-query", "adamw", (1, 2, 4)),
+        ("multi-query", "adamw", (1, 2, 4), 1),
     ],
 )
-def test_eight_devices_are_one(float64, kind, name, axes):
+def test_eight_devices_are_one(float64, kind, name, axes, accumulate):
+    """Micro-batches against none as well, and the second update is a spike for all alike."""
     model = MODELS[kind]
-    step = functools.partial(train_step, model, optimizer(name), UPDATE_LENGTH)
-    state, batch = toy.state(model, optimizer(name)), toy.rows(ROWS)
+    step = functools.partial(
+        train_step, model, optimizer(name), UPDATE_LENGTH, spike_deviations=4.0
+    )
+    state, batch = toy.with_a_spike(toy.state(model, optimizer(name)), toy.rows(ROWS))
     expected = jax.jit(step)(state, batch)
+    assert expected[1].applied.tolist() == [True, False, True]
+    step = functools.partial(step, accumulate=accumulate)
 
     data, fsdp, tensor = axes
     mesh = make_mesh(jax.devices(), data=data, fsdp=fsdp, tensor=tensor)

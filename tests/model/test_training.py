@@ -63,7 +63,7 @@ def test_a_batch_is_its_updates_one_by_one(step, read):
     assert (after.updates, after.batches) == (3, 1)
     assert metrics.tokens.tolist() == [32, 32, 24]
     assert metrics.learning_rate.tolist() == pytest.approx([1e-2] * 3)
-    assert metrics.finite.all()
+    assert metrics.applied.all()
     assert metrics.skipped_updates.tolist() == [0, 0, 0]
 
     cache = initial_cache(toy.MODEL, 4)
@@ -155,7 +155,7 @@ def test_an_update_that_is_not_finite_ends_its_batch(step):
     inputs = np.where(batch.inputs == 3, 4, batch.inputs)
     inputs[0, 10] = 3
     after, metrics = step(bad, batch._replace(inputs=inputs))
-    assert metrics.finite.tolist() == [True, False, False]
+    assert metrics.applied.tolist() == [True, False, False]
     assert metrics.skipped_updates.tolist() == [0, 1, 2]
     # The third would have been sound, but its cache would lack the second's tokens.
     assert np.isfinite(metrics.loss).tolist() == [True, False, True]

@@ -4,10 +4,12 @@ import functools
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from model.config import ModelConfig, OptimizerConfig
+from model.stability import SPIKE_MEMORY
 from model.training import TrainState, initial_state
 from tests.model.golden import Rows
 
@@ -48,6 +50,21 @@ def state(model: ModelConfig = MODEL, optimizer: OptimizerConfig = OPTIMIZER) ->
         lambda leaf: leaf + 0.1 * noise.normal(size=leaf.shape).astype(leaf.dtype), begin.params
     )
     return begin._replace(params=params)
+
+
+def with_a_spike(state: TrainState, batch: Rows) -> tuple[TrainState, Rows]:
+    """The same, but that the second of three updates of 8 tokens has one that the model holds for
+    all but impossible, after losses of 3.2 with a deviation of 1."""
+    rare = 23
+    bias = state.params["output"]["bias"].at[rare].set(-400)
+    seen = state.spikes._replace(
+        mean=jnp.float32(3.2), variance=jnp.float32(1), seen=jnp.int32(SPIKE_MEMORY)
+    )
+    output = {**state.params["output"], "bias": bias}
+    state = state._replace(params={**state.params, "output": output}, spikes=seen)
+    inputs, targets = (np.where(a == rare, 4, a) for a in (batch.inputs, batch.targets))
+    targets[0, 12] = inputs[0, 13] = rare
+    return state, batch._replace(inputs=inputs, targets=targets)
 
 
 def equations(jaxpr):

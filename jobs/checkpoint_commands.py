@@ -1,0 +1,144 @@
+"""`tvq checkpoints`: what a run has saved, whether it is whole, and what is kept of it."""
+
+import time
+
+from jobs.checkpoint_manifest import (
+    CheckpointManifest,
+    complete_checkpoints,
+    manifest_of,
+    pin,
+    pinned_updates,
+    readable_checkpoints,
+    remove,
+    unfinished_updates,
+)
+from jobs.console import Console
+from jobs.errors import UserError
+from jobs.lease import Lease
+from jobs.recipe import from_yaml
+from jobs.retention import retire
+from jobs.run_directory import RunDirectory
+from pipeline.storage import Location
+
+
+def list_command(root: Location, name: str, *, console: Console, as_json: bool) -> None:
+    """Lists the checkpoints of run `name`, those that are not whole included."""
+    run = RunDirectory.existing(root, name)
+    pinned = pinned_updates(run)
+    manifests, damages = readable_checkpoints(run)
+    rows = [_described(manifest, manifest.update in pinned) for manifest in manifests]
+    unfinished = unfinished_updates(run)
+    if as_json:
+        damaged = [str(damage) for damage in damages]
+        console.json({"checkpoints": rows, "damaged": damaged, "unfinished": unfinished})
+        return
+    console.table(
+        ["update", "size", "age", "metrics", "pinned"],
+        [
+            [
+                f"{row['update']:,}",
+                f"{row['bytes'] / 1e6:,.1f} MB",
+                _age(row["created"]),
+                " ".join(f"{key}={value:.4g}" for key, value in row["metrics"].items()),
+                "yes" if row["pinned"] else "",
+            ]
+            for row in rows
+        ],
+    )
+    for damage in damages:
+        console.warning(f"damaged: {damage}")
+    for update in unfinished:
+        console.warning(
+            f"update {update:,}: has no sound manifest: being saved, left by a kill, or damaged"
+        )
+
+
+def verify_command(
+    root: Location, name: str, update: int | None, *, console: Console, as_json: bool
+) -> None:
+    """Restores checkpoints and compares each leaf's sum with the manifest's.
+
+    Args:
+        update: of the one to verify; None: all.
+
+    Raises:
+        UserError: there is none, or one is damaged, after all were looked at.
+    """
+    from jobs.checkpoint_manifest import DamagedCheckpointError
+    from jobs.checkpoints import restore_alone
+
+    run = RunDirectory.existing(root, name)
+    manifests, damages = readable_checkpoints(run)
+    if update is not None:
+        manifests, damages = [manifest_of(run, update)], []
+    problems = [str(damage) for damage in damages]
+    if not manifests and not problems:
+        raise UserError(f"run {run.name}: has no checkpoint to verify")
+    whole = []
+    for manifest in manifests:
+        try:
+            restore_alone(run, manifest)
+        except DamagedCheckpointError as damage:
+            problems.append(str(damage))
+        else:
+            whole.append(manifest.update)
+            console.line(f"update {manifest.update:,}: whole, {len(manifest.leaves)} leaves")
+    if as_json:
+        console.json({"whole": whole, "damaged": problems})
+    if problems:
+        raise UserError(
+            f"run {run.name}: {len(problems)} damaged: {'; '.join(problems)}; training and"
+            " evaluation skip them; remove them with `tvq checkpoints prune`"
+        )
+
+
+def prune_command(root: Location, name: str, *, console: Console, as_json: bool) -> None:
+    """Removes what the run's recipe does not keep, and what a killed save left.
+
+    Raises:
+        UserError: the run is being trained.
+    """
+    run = RunDirectory.existing(root, name)
+    with Lease(run).held():  # else what is being saved would look like what a kill left
+        newest = complete_checkpoints(run)
+        text = newest[-1].recipe if newest else run.recipe_text()
+        policy = from_yaml(text, f"the recipe of run {run.name}").checkpoint
+        unfinished = unfinished_updates(run)
+        for update in unfinished:
+            remove(run, update)
+        retired = retire(run, policy)
+    if as_json:
+        console.json({"retired": retired, "unfinished": unfinished})
+        return
+    for what, updates in (("not kept", retired), ("never finished", unfinished)):
+        if updates:
+            console.line(f"removed, {what}: {', '.join(f'{update:,}' for update in updates)}")
+    if not retired and not unfinished:
+        console.line("nothing to remove")
+
+
+def pin_command(root: Location, name: str, update: int, wanted: bool, *, console: Console) -> None:
+    """Protects a checkpoint from every retention, or takes that back."""
+    run = RunDirectory.existing(root, name)
+    pin(run, update, wanted)
+    console.line(f"update {update:,} is {'' if wanted else 'no longer '}pinned")
+
+
+def _described(manifest: CheckpointManifest, pinned: bool) -> dict:
+    return {
+        "update": manifest.update,
+        "bytes": sum(manifest.files.values()),
+        "created": manifest.created,
+        "metrics": manifest.metrics,
+        "pinned": pinned,
+    }
+
+
+def _age(created: float) -> str:
+    if not created:
+        return ""
+    seconds = max(time.time() - created, 0)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
