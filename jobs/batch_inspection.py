@@ -1,9 +1,11 @@
 """`tvq inspect --step`: the documents and the text behind one batch of a training."""
 
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from jobs.console import Console
 from jobs.errors import UserError
+from jobs.ledger import skipped_batch
 from jobs.readable import in_one_line
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
@@ -60,24 +62,21 @@ def batch_command(
             raise UserError(
                 f"--{given[0].replace('_', '-')}: the run's recipe says it; leave it out with --run"
             )
-        training = _of_run(RunDirectory.existing(root, run))
+        trained = RunDirectory.existing(root, run)
+        training = _of_run(trained)
     else:
         assert corpus is not None
-        training = _of_corpus(corpus, options)
-    rows = batch_contents(
-        training.mixture,
-        batch=step,
-        batch_size=training.batch_size,
-        sequence_length=training.sequence_length,
-        seed=training.seed,
-        window=training.window,
-        shuffle_span=training.shuffle_span,
-    )
+        trained, training = None, _of_corpus(corpus, options)
+    skipped = skipped_batch(trained.store, step) if trained else None
+    rows = _rows(training, step)
     per_batch = training.sequence_length // training.update_length
     updates = (step * per_batch + 1, (step + 1) * per_batch)
     texts = [_text(training.mixture, row) for row in rows]
     if as_json:
-        console.json(_as_json(training, step, updates, rows, texts))
+        tree = _as_json(training, step, updates, rows, texts)
+        if trained:
+            tree["skipped"] = [asdict(update) for update in skipped.updates] if skipped else []
+        console.json(tree)
         return
     made = (
         f"update {updates[0]:,}" if per_batch == 1 else f"updates {updates[0]:,} to {updates[1]:,}"
@@ -90,6 +89,12 @@ def batch_command(
         f" update{'s' * (per_batch > 1)} of {training.update_length:,}; {training.window} windows,"
         f" seed {training.seed}"
     )
+    for update in skipped.updates if skipped else []:
+        console.result(
+            f"update {update.update:,} was skipped: loss {update.loss:.4g} nats per token,"
+            f" {update.sigmas:.1f} deviations above its mean, gradient norm"
+            f" {update.gradient_norm:.4g}"
+        )
     several = len(training.mixture.corpora) > 1
     for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
         where = f"{training.mixture.corpora[row.corpus].name}, " if several else ""
@@ -102,6 +107,31 @@ def batch_command(
         if len(row.spans) > _SPANS:
             console.result(f"  and {len(row.spans) - _SPANS:,} documents more")
         console.result(f"  | {in_one_line(text, _CHARACTERS)}")
+
+
+def documents_of_batch(recipe: Recipe, mixture: Mixture, step: int) -> list[str]:
+    """The ids of the documents that have tokens in batch `step` of a training, each once; of a
+    mixture, behind the corpus's name.
+
+    Raises:
+        CorpusError: the corpus cannot be read now.
+    """
+    several = len(mixture.corpora) > 1
+    names = [f"{corpus.name}: " if several else "" for corpus in mixture.corpora]
+    rows = _rows(_of_recipe(recipe, mixture), step)
+    return list(dict.fromkeys(names[row.corpus] + span.id for row in rows for span in row.spans))
+
+
+def _rows(training: _Training, step: int) -> list[BatchRow]:
+    return batch_contents(
+        training.mixture,
+        batch=step,
+        batch_size=training.batch_size,
+        sequence_length=training.sequence_length,
+        seed=training.seed,
+        window=training.window,
+        shuffle_span=training.shuffle_span,
+    )
 
 
 def _of_run(run: RunDirectory) -> _Training:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from jobs.ledger import Ledger
 
-Phase = Literal["start", "compile", "data_wait", "evaluation", "checkpoint"]
+Phase = Literal["compile", "data_wait", "evaluation", "checkpoint"]
 PHASES = ("start", "restart", "compile", "data_wait", "step", "evaluation", "checkpoint", "lost")
-"""start: of the first group, until it has a state. restart: of later groups, with the gap since the
+"""start: of the first group, until it can begin. restart: of later groups, with the gap since the
 one before where the same driver started both. compile: the first call of each program, with what
 it then computes. data_wait: for the next batch, the devices working on or not. checkpoint: while
 the loop was held up by one. step: all else. lost: steps behind the last checkpoint that a later
@@ -27,9 +27,9 @@ _UPDATES = 10_000
 class Goodput:
     """Divides a worker group's time into phases and adds those of the groups before.
 
-    Policy: it only reads the clock. What no `phase` covers is step time, so that the phases always
-    make up the whole. Rank 0 notes its account in the ledger every ten seconds; the next group
-    reads there what was lost.
+    Policy: it only reads the clock. What lies before `begin_at` is the start; of the rest, what no
+    `phase` covers is step time, so that the phases always make up the whole. Rank 0 notes its
+    account in the ledger every ten seconds; the next group reads there what was lost.
     """
 
     def __init__(
@@ -61,12 +61,13 @@ class Goodput:
             yield
         finally:
             seconds = self._clock() - begun
-            self._own["restart" if name == "start" and self._earlier else name] += seconds
+            self._own[name] += seconds
             if name == "data_wait":
                 self._waits.append(seconds)
 
     def begin_at(self, update: int) -> None:
-        """The group goes on after `update`: what the one before did behind it is lost."""
+        """The group can begin, after `update`: what the one before did behind it is lost."""
+        self._own["restart" if self._earlier else "start"] = self._clock() - self._began
         if not self._earlier:
             return
         before = self._earlier[-1]

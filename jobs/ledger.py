@@ -1,15 +1,17 @@
 """`<run>/ledger/`: which updates a training skipped, and where its time went.
 
-`skipped-<batch>.jsonl` has a line for each update of a batch that was skipped. A training that
-resumes before such a batch skips it again and writes the same file again, so that none is counted
-twice. `goodput-<number>.json` is one worker group's account of its seconds (jobs/goodput.py).
+`skipped-<batch>.json` tells which updates of a batch were skipped and what was in it. A training
+that resumes before such a batch skips it again and writes the same file again, so that none is
+counted twice. `goodput-<number>.json` is one worker group's account of its seconds
+(jobs/goodput.py).
 """
 
 import json
 import logging
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.errors import CorpusError
@@ -17,7 +19,7 @@ from pipeline.storage import Store
 
 log = logging.getLogger("tvq.ledger")
 
-_SKIPPED = re.compile(r"skipped-(\d{8,})\.jsonl")
+_SKIPPED = re.compile(r"skipped-(\d{8,})\.json")
 _GOODPUT = re.compile(r"goodput-(\d{8,})\.json")
 
 
@@ -27,18 +29,27 @@ class SkippedUpdate:
 
     update: int
     """Counted from 1, as metrics are."""
-    batch: int
-    """Index of its batch: `tvq inspect --run RUN --step BATCH` shows what is in it."""
-    first_row: int
-    """Of the batch, in the training's endless sequence of windows."""
-    last_row: int
-    """Of the batch, itself included."""
     loss: float
     """Nats per token; may be NaN or infinite."""
     gradient_norm: float
     """Global norm before clipping; may be NaN or infinite."""
     sigmas: float
     """Standard deviations of the loss above its moving mean."""
+
+
+@dataclass(frozen=True)
+class SkippedBatch:
+    """A batch of which updates were skipped."""
+
+    batch: int
+    """Its index: `tvq inspect --run RUN --step BATCH` shows what is in it."""
+    first_row: int
+    """In the training's endless sequence of windows."""
+    last_row: int
+    """Itself included."""
+    updates: list[SkippedUpdate]
+    documents: list[str]
+    """Those with tokens in it; none where the corpus could not be read then."""
 
 
 class Ledger:
@@ -57,10 +68,10 @@ class Ledger:
         """The accounts of the worker groups before this one, oldest first."""
         self._number = max(accounts, default=0) + 1
 
-    def skipped(self, updates: list[SkippedUpdate]) -> None:
-        """Notes the skipped updates of one batch, all of them."""
-        lines = "".join(json.dumps(asdict(update)) + "\n" for update in updates)
-        self._pool.submit(self._write, f"skipped-{updates[0].batch:08d}.jsonl", lines)
+    def skipped(self, batch: SkippedBatch, documents: Callable[[], list[str]]) -> None:
+        """Notes a batch with all its skipped updates; `documents` finds its documents, which may
+        take a while."""
+        self._pool.submit(self._write_skipped, batch, documents)
 
     def account(self, fields: dict[str, Any]) -> None:
         """Notes this group's account, in place of the one before."""
@@ -71,6 +82,13 @@ class Ledger:
         """What was noted is stored afterwards, or its failure is logged."""
         self._pool.shutdown()
 
+    def _write_skipped(self, batch: SkippedBatch, documents: Callable[[], list[str]]) -> None:
+        try:
+            batch = replace(batch, documents=documents())
+        except CorpusError as error:
+            log.warning("the ledger lacks the documents of batch %d: %s", batch.batch, error)
+        self._write(f"skipped-{batch.batch:08d}.json", json.dumps(asdict(batch)) + "\n")
+
     def _write(self, name: str, text: str) -> None:
         try:
             self._store.write(name, text.encode())
@@ -78,15 +96,24 @@ class Ledger:
             log.warning("the ledger lacks %s: %s", name, error)
 
 
-def skipped_updates(store: Store) -> list[SkippedUpdate]:
+def skipped_batches(store: Store) -> list[SkippedBatch]:
     """What the ledger in the run directory's store says was skipped, in order."""
     ledger = store.child("ledger")
-    lines = [
-        line
-        for _, name in sorted(_numbers(ledger, _SKIPPED).items())
-        for line in ledger.read(name).decode().splitlines()
-    ]
-    return [SkippedUpdate(**json.loads(line)) for line in lines]
+    names = _numbers(ledger, _SKIPPED).values()
+    return [_skipped(json.loads(ledger.read(name))) for name in names]
+
+
+def skipped_batch(store: Store, batch: int) -> SkippedBatch | None:
+    """What it says of one batch; None if no update of it was skipped."""
+    try:
+        return _skipped(json.loads(store.child("ledger").read(f"skipped-{batch:08d}.json")))
+    except FileNotFoundError:
+        return None
+
+
+def _skipped(fields: dict[str, Any]) -> SkippedBatch:
+    updates = [SkippedUpdate(**update) for update in fields.pop("updates")]
+    return SkippedBatch(updates=updates, **fields)
 
 
 def _numbers(store: Store, pattern: re.Pattern[str]) -> dict[int, str]:

@@ -98,6 +98,9 @@ class TrainingConfig:
     checkpoint is restored; the training goes on with the next batch."""
     max_fallbacks: int = 3
     """Times that this is done without a new checkpoint in between; then the training ends."""
+    profile: tuple[int, int] | None = operational(None)
+    """[a, b]: trace updates a to b, and the rest of their batches, into the run's `profile` folder,
+    for XProf or TensorBoard. null: trace none."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,9 @@ class ClusterConfig:
     """How long the workers, once they run, may take to find each other."""
     coordinator_port: int | None = operational(None)
     """Port at which the first worker's host is found by the others; null: any free one."""
+    compile_cache: str | None = operational(None)
+    """Folder on the workers' machines for compiled programs: a second start of the same recipe on
+    the same devices compiles nothing. null: none."""
 
 
 @dataclass(frozen=True)
@@ -392,6 +398,16 @@ def _check(recipe: Recipe) -> None:
     accelerators.check(cluster)
     validate_update_length(data.sequence_length, training.update_length)
     validate_accumulation(training.batch_size, training.accumulate, "the batch")
+    if training.profile and not 1 <= training.profile[0] <= training.profile[1]:
+        raise ConfigError(
+            "training.profile: expected the first and the last update, counted from 1, as [10,12];"
+            f" got {list(training.profile)}"
+        )
+    if cluster.compile_cache and "://" in cluster.compile_cache:
+        raise ConfigError(
+            "cluster.compile_cache: must be a folder of each worker's machine, got"
+            f" {cluster.compile_cache}"
+        )
     # A checkpoint and an evaluation lie on a batch border, so that no cache is ever saved.
     for name, value in (
         ("training.steps", training.steps),

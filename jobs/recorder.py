@@ -4,12 +4,13 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import numpy as np
 
 from jobs.goodput import Goodput
-from jobs.ledger import Ledger, SkippedUpdate
+from jobs.ledger import Ledger, SkippedBatch, SkippedUpdate
 from jobs.metric_spool import MetricPoint, MetricSpool
 from model.training import UpdateMetrics
 
@@ -34,6 +35,7 @@ class Recorder:
         tokens: int,
         skipped_in_a_row: int = 0,
         ledger: Ledger | None = None,
+        documents: Callable[[int], list[str]] = lambda batch: [],
         goodput: Goodput | None = None,
         codebooks: bool = True,
         bits_per_byte: Callable[[float], float],
@@ -48,6 +50,7 @@ class Recorder:
             tokens: unmasked targets that the state has been trained on already.
             skipped_in_a_row: updates skipped since the last that was applied, in the state.
             ledger: where skipped updates go; None as for the spool.
+            documents: of the batch of that index, for the ledger.
             goodput: of this group; None: of no interest.
             codebooks: whether the model has any, whose health is to be recorded.
             bits_per_byte: of a loss of the training split, nats per token.
@@ -56,9 +59,12 @@ class Recorder:
         self.tokens = tokens
         self.skipped_in_a_row = skipped_in_a_row
         """As of the last batch that was fetched."""
+        self.latest: dict[str, float] = {}
+        """Each metric's last value, and `update`."""
         self._run = run
         self._batch_size = batch_size
         self._ledger = ledger
+        self._documents = documents
         self._goodput = goodput
         self._mfu = mfu
         self._codebooks = codebooks
@@ -126,6 +132,7 @@ class Recorder:
                     "codebook/usage_fraction": float(metrics.codebook_usage[i]),
                     "codebook/relative_error": float(metrics.relative_error[i]),
                     "codebook/dead_codes": float(metrics.dead_codes[i]),
+                    "codebook/collapsed_layers": int(metrics.collapsed_layers[i]),
                 }
             if before is not None and i == n_updates - 1:
                 rate = batch_tokens / max(now - before, 1e-9)
@@ -140,9 +147,6 @@ class Recorder:
         skipped = [
             SkippedUpdate(
                 update=last_update - n_updates + 1 + i,
-                batch=batch,
-                first_row=batch * self._batch_size,
-                last_row=(batch + 1) * self._batch_size - 1,
                 loss=float(metrics.loss[i]),
                 gradient_norm=float(metrics.gradient_norm[i]),
                 sigmas=float(metrics.loss_spike_sigmas[i]),
@@ -161,9 +165,14 @@ class Recorder:
             batch, len(skipped), n_updates, first.update, what, self._run, batch,
         )  # fmt: skip
         if self._ledger:
-            self._ledger.skipped(skipped)
+            rows = batch * self._batch_size, (batch + 1) * self._batch_size - 1
+            self._ledger.skipped(
+                SkippedBatch(batch, *rows, updates=skipped, documents=[]),
+                partial(self._documents, batch),
+            )
 
     def _append(self, update: int, values: dict[str, float]) -> None:
+        self.latest.update(values, update=update)
         if self._spool:
             self._spool.append(
                 MetricPoint(update, self.tokens, round(self._clock() * 1000), values)

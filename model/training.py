@@ -124,6 +124,8 @@ class UpdateMetrics(NamedTuple):
     dead_codes: Float[Array, "*N"]
     """Codes of a codebook that the moving averages leave with a count below DEAD_BELOW, revived or
     not."""
+    collapsed_layers: Int[Array, "*N"]
+    """int32 layers with a codebook that all keys share a code or two of."""
 
 
 def initial_state(
@@ -322,6 +324,7 @@ def _update(
         codebook_usage=health.usage.astype(jnp.float32),
         relative_error=health.relative_error.astype(jnp.float32),
         dead_codes=dead.astype(jnp.float32),
+        collapsed_layers=health.collapsed_layers,
     )
     state = TrainState(
         params=chosen(verdict.applied, applied.params, state.params),
