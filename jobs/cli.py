@@ -14,6 +14,7 @@ from jobs.cli_data import inspect, prepare, verify
 from jobs.cli_options import OrderedGroup, Root, json_option, root_option
 from jobs.cli_options import console as new_console
 from jobs.cli_runs import checkpoints
+from jobs.cli_upkeep import gc, logs
 from jobs.errors import ExitCode, UserError
 
 
@@ -80,15 +81,17 @@ cli.add_command(inspect)
 Examples:
   tvq train tiny data.corpus=corpora/books
   tvq train tiny data.corpus=corpora/books training.steps=200 --run short
+  tvq train tiny data.corpus=corpora/books --dry-run
   tvq train my-recipe.yaml cluster.workers=0        in this process, without Ray"""
 )
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
 @click.option("--run", "name", help="Name of the run; default: the recipe's.")
+@click.option("--dry-run", "dry", is_flag=True, help="Print what it would do, and do nothing.")
 @root_option
 @json_option
 def train(
-    recipe: str, overrides: tuple[str, ...], name: str | None, root: Root, as_json: bool
+    recipe: str, overrides: tuple[str, ...], name: str | None, dry: bool, root: Root, as_json: bool
 ) -> None:
     """Train by RECIPE (a name that `tvq recipes` lists, or a .yaml file).
 
@@ -102,6 +105,18 @@ def train(
 
     console = new_console(as_json)
     loaded = recipes.load(recipe, overrides)
+    if dry:
+        from jobs.dry_run import dry_run
+
+        dry_run(
+            loaded,
+            root=root,
+            name=name or Path(recipe).stem,
+            console=new_console(),
+            stated=stated(recipe, overrides),
+            as_json=as_json,
+        )
+        return
     trained = run_training(
         loaded,
         root=root,
@@ -230,6 +245,8 @@ def sample(run: str, root: Root, as_json: bool, **options: Any) -> None:
 
 cli.add_command(bench)
 cli.add_command(checkpoints)
+cli.add_command(logs)
+cli.add_command(gc)
 
 
 @cli.command(

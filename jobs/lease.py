@@ -126,6 +126,12 @@ class Lease:
         )
 
 
+def is_held(run: RunDirectory) -> bool:
+    """Whether a driver holds the run now; for who looks and writes nothing."""
+    holder = _holder(run.store)
+    return holder is not None and Lease(run)._alive(holder)
+
+
 class Fence:
     """The right of one worker group to commit: its driver holds the lease and it is the newest."""
 

@@ -85,7 +85,7 @@ class Ledger:
     def _write_skipped(self, batch: SkippedBatch, documents: Callable[[], list[str]]) -> None:
         try:
             batch = replace(batch, documents=documents())
-        except CorpusError as error:
+        except Exception as error:  # whatever it is, what was skipped is noted
             log.warning("the ledger lacks the documents of batch %d: %s", batch.batch, error)
         self._write(f"skipped-{batch.batch:08d}.json", json.dumps(asdict(batch)) + "\n")
 

@@ -14,6 +14,7 @@ from jobs.background_spool import BackgroundSpool
 from jobs.batch_inspection import documents_of_batch
 from jobs.checkpoint_writer import CheckpointWriter
 from jobs.checkpoints import restore_newest
+from jobs.codebook_watch import CodebookWatch
 from jobs.compile_cache import use_compile_cache
 from jobs.fallback import Fallback
 from jobs.global_batch import GlobalBatch
@@ -96,7 +97,7 @@ def train(settings: LoopSettings) -> Outcome:
         ledger=ledger,
         documents=partial(documents_of_batch, recipe, mixture),
         goodput=goodput,
-        codebooks=recipe.model.quantized_keys,
+        codebooks=CodebookWatch(recipe.model.n_codes) if recipe.model.quantized_keys else None,
         bits_per_byte=units.bits_per_byte,
         mfu=units.mfu,
     )
@@ -135,7 +136,7 @@ def train(settings: LoopSettings) -> Outcome:
                 batch = layout.place(next(batches))
             stop = layout.flag(run.stop_requested())
             profile.before(update, recipe.updates_per_batch, state)
-            with calling:
+            with calling, profile.step(update + recipe.updates_per_batch):
                 if update == 0 and recipe.model.kmeans_iterations:
                     state = programs.start_codebooks(state, batch)
                 state, metrics, stop = programs.step(state, batch, stop)

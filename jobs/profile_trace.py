@@ -1,5 +1,6 @@
 """`training.profile`: an XProf trace of some updates, in the run directory."""
 
+import contextlib
 import logging
 import shutil
 import tempfile
@@ -44,6 +45,12 @@ class ProfileTrace:
             jax.block_until_ready(state)
             self._folder = Path(tempfile.mkdtemp(prefix="tvq-profile-"))
             jax.profiler.start_trace(str(self._folder))
+
+    def step(self, last_update: int) -> contextlib.AbstractContextManager[object]:
+        """Around the call of a batch's step: XProf shows it under the batch's last update."""
+        if not self._folder:
+            return contextlib.nullcontext()
+        return jax.profiler.StepTraceAnnotation("train", step_num=last_update)
 
     def close(self) -> None:
         """Ends a trace that has begun and stores it."""

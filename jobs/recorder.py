@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from jobs.codebook_watch import CodebookWatch
 from jobs.goodput import Goodput
 from jobs.ledger import Ledger, SkippedBatch, SkippedUpdate
 from jobs.metric_spool import MetricPoint, MetricSpool
@@ -37,7 +38,7 @@ class Recorder:
         ledger: Ledger | None = None,
         documents: Callable[[int], list[str]] = lambda batch: [],
         goodput: Goodput | None = None,
-        codebooks: bool = True,
+        codebooks: CodebookWatch | None = None,
         bits_per_byte: Callable[[float], float],
         mfu: Callable[[float], float] | None = None,
         clock: Callable[[], float] = time.time,
@@ -52,7 +53,7 @@ class Recorder:
             ledger: where skipped updates go; None as for the spool.
             documents: of the batch of that index, for the ledger.
             goodput: of this group; None: of no interest.
-            codebooks: whether the model has any, whose health is to be recorded.
+            codebooks: is shown the health of the model's; None: it has none, and none is recorded.
             bits_per_byte: of a loss of the training split, nats per token.
             mfu: of tokens a second, the fraction of what the devices are made for; None: unknown.
         """
@@ -127,12 +128,14 @@ class Recorder:
                 "train/skipped_updates": int(metrics.skipped_updates[i]),
             }
             if self._codebooks:
+                dead, collapsed = float(metrics.dead_codes[i]), int(metrics.collapsed_layers[i])
+                self._codebooks.see(last_update - n_updates + 1 + i, dead, collapsed)
                 values |= {
                     "codebook/perplexity_codes": float(metrics.codebook_perplexity[i]),
                     "codebook/usage_fraction": float(metrics.codebook_usage[i]),
                     "codebook/relative_error": float(metrics.relative_error[i]),
-                    "codebook/dead_codes": float(metrics.dead_codes[i]),
-                    "codebook/collapsed_layers": int(metrics.collapsed_layers[i]),
+                    "codebook/dead_codes": dead,
+                    "codebook/collapsed_layers": collapsed,
                 }
             if before is not None and i == n_updates - 1:
                 rate = batch_tokens / max(now - before, 1e-9)

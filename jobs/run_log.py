@@ -99,9 +99,10 @@ def event(name: str, **fields: Any) -> None:
 class LogTail:
     """What another process adds to a log from now on."""
 
-    def __init__(self, folder: Location, who: str):
+    def __init__(self, folder: Location, who: str, *, from_start: bool = False):
+        """`from_start`: and what is in it already."""
         self._store, self._name = open_store(folder), f"{who}.jsonl"
-        self._offset = self._size()
+        self._offset = 0 if from_start else self._size()
 
     def read(self) -> list[dict[str, Any]]:
         """The lines that were completed since the last call, as their fields.
@@ -122,6 +123,13 @@ class LogTail:
             return self._store.size(self._name)
         except FileNotFoundError:
             return 0
+
+
+def writers(folder: Location) -> list[str]:
+    """Who has a log there: `driver` first, then the ranks in order."""
+    names = (entry.name for entry in open_store(folder).list())
+    found = [name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl")]
+    return sorted(found, key=lambda who: (who != "driver", len(who), who))
 
 
 def events(folder: Location, who: str, name: str) -> list[dict[str, Any]]:

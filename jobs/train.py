@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jobs import recipe as recipes
 from jobs import run_log
@@ -61,7 +61,7 @@ def train(
         UserError: a mistake to mend, a run that another process holds, a training that failed, or
             one that was stopped by Ctrl-C (saved; the same command goes on).
     """
-    recipe, mixture = _with_corpora(recipe)
+    recipe, mixture = with_corpora(recipe)
     run = RunDirectory.at(root, name)
     recipe, record = _begin_or_resume(run, recipe, mixture, stated)
     _narrate(console, run, recipe, mixture)
@@ -139,7 +139,7 @@ def store_of_run(run: RunDirectory) -> Store:
     return Store(uri if without_credentials(uri) == record.tracking_uri else record.tracking_uri)
 
 
-def _with_corpora(recipe: Recipe) -> tuple[Recipe, Mixture]:
+def with_corpora(recipe: Recipe) -> tuple[Recipe, Mixture]:
     """The recipe with absolute paths to its corpora, and these, checked."""
     named = recipe.data.corpora
     if not named:
@@ -173,27 +173,37 @@ def _with_corpora(recipe: Recipe) -> tuple[Recipe, Mixture]:
     return replace(recipe, data=data), mixture
 
 
-def _begin_or_resume(
-    run: RunDirectory, recipe: Recipe, mixture: Mixture, stated: frozenset[str] | None
-) -> tuple[Recipe, RunRecord]:
-    """The recipe to train by, and who the run is.
+def settled(run: RunDirectory, recipe: Recipe, stated: frozenset[str] | None) -> Recipe:
+    """The recipe to train by.
 
     On resume the stored mathematical fields stand, so that another version's defaults change
     nothing; a stated one that differs is refused. Operational fields are those asked for.
+
+    Raises:
+        UserError: the run exists with other mathematics.
     """
     stored = None
     if run.record():
         stored = recipes.from_yaml(run.recipe_text(), f"{run.location}/recipe.yaml")
     recipe = recipes.resolve(recipe, stored)
-    if stored:
-        changes = recipes.difference(recipe, stored, mathematical_only=True, only=stated)
-        if changes:
-            raise UserError(
-                f"run {run.name}: exists with other mathematics; asked for (and stored):"
-                f" {'; '.join(changes)}. Give the stored values to resume it, or choose another"
-                " name with --run"
-            )
-        recipe = recipes.with_mathematics_of(stored, recipe)
+    if not stored:
+        return recipe
+    changes = recipes.difference(recipe, stored, mathematical_only=True, only=stated)
+    if changes:
+        raise UserError(
+            f"run {run.name}: exists with other mathematics; asked for (and stored):"
+            f" {'; '.join(changes)}. Give the stored values to resume it, or choose another"
+            " name with --run"
+        )
+    return recipes.with_mathematics_of(stored, recipe)
+
+
+def _begin_or_resume(
+    run: RunDirectory, recipe: Recipe, mixture: Mixture, stated: frozenset[str] | None
+) -> tuple[Recipe, RunRecord]:
+    """The recipe to train by, and who the run is."""
+    stored = run.record() is not None
+    recipe = settled(run, recipe, stated)
     fingerprints = {split: mixture.fingerprint(split) for split in SPLITS}
     record = run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe))
     if not stored and record.identity != recipes.identity(recipe):
@@ -201,13 +211,28 @@ def _begin_or_resume(
             f"run {run.name}: was begun this moment by another process with other mathematics;"
             " choose another name with --run"
         )
+    refuse_other_corpus(run, record, mixture)
+    return recipe, record
+
+
+def refuse_other_corpus(run: RunDirectory, record: RunRecord, mixture: Mixture) -> None:
+    """Raises UserError if the run was begun on another corpus."""
     for split in ("train", "validation"):
         if difference := mixture.difference(split, record.fingerprints[split]):
             raise UserError(
                 f"run {run.name}: was begun {difference}; give what it was begun with to resume"
                 " it, or choose another name with --run"
             )
-    return recipe, record
+
+
+def changed_fields(recipe: Recipe) -> dict[str, Any]:
+    """The fields that are not as in a new recipe, but for the corpora."""
+    defaults = recipes.flatten(Recipe())
+    return {
+        name: value
+        for name, value in recipes.flatten(recipe).items()
+        if value != defaults[name] and name not in ("data.corpus", "data.mixture")
+    }
 
 
 def _narrate(console: Console, run: RunDirectory, recipe: Recipe, mixture: Mixture) -> None:
@@ -215,13 +240,8 @@ def _narrate(console: Console, run: RunDirectory, recipe: Recipe, mixture: Mixtu
     batch_tokens = recipe.training.batch_size * recipe.data.sequence_length
     where = f"{recipe.cluster.workers} Ray workers" if recipe.cluster.workers else "this process"
     console.line(f"run       {run.location}")
-    defaults = recipes.flatten(Recipe())
-    stated = (
-        f"{name}={value}"
-        for name, value in recipes.flatten(recipe).items()
-        if value != defaults[name] and name not in ("data.corpus", "data.mixture")
-    )
-    console.line(f"recipe    {' '.join(stated)}")
+    stated = changed_fields(recipe).items()
+    console.line(f"recipe    {' '.join(f'{name}={value}' for name, value in stated)}")
     console.line(
         f"model     {count.trained:,} parameters + {count.codebook:,} in codebooks,"
         f" {flops_per_token(recipe.model, recipe.data.sequence_length) / 1e6:,.1f} MFLOP a token"

@@ -107,6 +107,9 @@ class ModelConfig:
     """Blocks of a group in the parallel form."""
     remat: bool = field(default=False, metadata=_OPERATIONAL)
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    remat_keeps: Literal["nothing", "products"] = field(default="nothing", metadata=_OPERATIONAL)
+    """What remat keeps of a layer all the same. products: those with weight matrices, most of a
+    layer's arithmetic in a part of its memory."""
     unrolled_layers: int = field(default=1, metadata=_OPERATIONAL)
     """Layers in one iteration of the scan over layers. All of them spare a shallow network the
     stacking of activations (tiny on a CPU core: 11,400 tokens/s against 9,000) for twice the
@@ -216,6 +219,12 @@ def validate(model: ModelConfig, optimizer: OptimizerConfig | None = None) -> No
     _between("model.codebook_decay", model.codebook_decay)
     for name in ("embedding_dropout", "sinusoid_dropout", "residual_dropout", "layer_dropout"):
         _between(f"model.{name}", getattr(model, name))
+    _one_of("model.remat_keeps", model.remat_keeps, ("nothing", "products"))
+    if model.remat_keeps != "nothing" and not model.remat:
+        raise ConfigError(
+            f"model.remat_keeps: {model.remat_keeps} is kept of what model.remat drops; set"
+            " model.remat=true, or remat_keeps=nothing"
+        )
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16", "float64"))
     if optimizer is not None:
         _validate_optimizer(optimizer)

@@ -29,6 +29,13 @@ from model.layers import (
 )
 from model.quantizer import CodebookVariable, CodeStatistics
 
+REMAT = {
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What is kept of a layer that is recomputed, by `remat_keeps`. (Products of activations with each
+other, scores above all, have batch axes; those with weights are of two plain matrices.)"""
+
 
 class Network(NamedTuple):
     """The arrays a network consists of, as nested dicts with readable names."""
@@ -157,7 +164,7 @@ class Transformer(nnx.Module):
             return x, (layer_cache, statistics)
 
         x, (layers, statistics) = lax.scan(
-            jax.checkpoint(layer) if config.remat else layer,
+            jax.checkpoint(layer, policy=REMAT[config.remat_keeps]) if config.remat else layer,
             x,
             (params, codebooks, cache.layers, jnp.arange(config.n_layers)),
             unroll=min(config.unrolled_layers, config.n_layers),

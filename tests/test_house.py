@@ -22,11 +22,14 @@ PACKAGES = ("pipeline", "model", "jobs")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "ray", "mlflow")
 
-RAY_IN_JOBS = {"jax_backend.py", "ray_session.py", "trainer.py"}
+RAY_IN_JOBS = {"jax_backend.py", "ray_metrics.py", "ray_session.py", "trainer.py"}
 """The thin files of `jobs` that know Ray."""
 MLFLOW = "jobs/tracking"
 """The folder that knows MLflow."""
-WITH_JAX = {"loop.py", "checkpoint_writer.py", "checkpoints.py", "global_batch.py", "recorder.py"}
+WITH_JAX = {
+    "checkpoint_writer.py", "checkpoints.py", "fallback.py", "global_batch.py", "loop.py",
+    "profile_trace.py", "programs.py", "recorder.py", "validation.py",
+}  # fmt: skip
 """The files of `jobs` that import JAX when they are imported: what a worker runs, nothing else."""
 
 

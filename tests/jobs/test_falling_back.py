@@ -1,6 +1,7 @@
 """A training whose batches cannot be used: against the same training by hand without them."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import pytest
 
 from jobs import loop
 from jobs import recipe as recipes
+from jobs.cli import run_cli
 from jobs.errors import ExitCode, UserError
 from jobs.lease import Lease
-from jobs.ledger import skipped_updates
+from jobs.ledger import skipped_batches
 from jobs.loop_contract import LoopSettings
 from jobs.metric_spool import read_segment, segments
 from jobs.run_directory import RunDirectory
 from model.training import go_on_from, initial_state, train_step
 from pipeline.loader import training_batches
+from pipeline.manifest import Manifest, Split
 from tests.micro import write_micro
 
 pytestmark = pytest.mark.compiles
@@ -49,6 +52,10 @@ def recipe_in(folder: Path, *overrides: str) -> recipes.Recipe:
     return recipes.resolve(loaded)
 
 
+def corpus_splits(folder: Path) -> dict[str, Split]:
+    return Manifest.load(folder / "corpus").splits
+
+
 def trained(
     folder: Path, name: str, damaged: set[int], monkeypatch: pytest.MonkeyPatch, *overrides: str
 ) -> tuple[RunDirectory, list[Any]]:
@@ -71,7 +78,8 @@ def trained(
     monkeypatch.setattr(loop, "training_batches", breaking)
     monkeypatch.setattr(loop, "CheckpointWriter", Keeping)
     run = RunDirectory.at(folder / "runs", name)
-    run.claim("identity", {}, recipes.to_yaml(recipe))
+    prints = {name: split.fingerprint for name, split in corpus_splits(folder).items()}
+    run.claim("identity", prints, recipes.to_yaml(recipe))
     with Lease(run).held() as lease:
         loop.train(LoopSettings(run.location, recipe, lease.owner))
     return run, saved
@@ -118,27 +126,14 @@ def alike(actual: Any, expected: Any) -> None:
             np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_a_batch_that_is_skipped_is_left_out_and_told(workplace: Path, monkeypatch):
-    run, saved = trained(workplace, "one", {5}, monkeypatch)
+def test_bad_batches_are_left_out_and_many_lead_back_to_the_checkpoint(
+    workplace: Path, monkeypatch, capsys
+):
+    """Batch 1 alone, then batches 5 to 7, of batches of two updates."""
+    run, saved = trained(workplace, "many", {1, 5, 6, 7}, monkeypatch)
     go, state = by_hand(workplace)
-    for n in range(12):
-        state = skip(state) if n == 5 else go(state, n)
-    alike(saved[-1], state)
-    assert [(s.update, s.batch, s.first_row, s.last_row) for s in skipped_updates(run.store)] == [
-        (11, 5, 20, 23),
-        (12, 5, 20, 23),
-    ]
-    log = (run.path / "logs" / "rank-0.jsonl").read_text()
-    assert "`tvq inspect --run one --step 5` shows its documents" in log
-    # The checkpoint at update 12 was due while nothing could be applied, and left out.
-    assert [int(state.updates) for state in saved] == [4, 8, 16, 20, 24]
-
-
-def test_after_many_the_checkpoint_is_restored_and_counters_go_on(workplace: Path, monkeypatch):
-    run, saved = trained(workplace, "many", {5, 6, 7}, monkeypatch)
-    go, state = by_hand(workplace)
-    for n in range(4):
-        state = go(state, n)
+    state = skip(go(state, 0))
+    state = go(go(state, 2), 3)
     at_eight = state
     state = go(state, 4)
     for _ in range(5, 8):
@@ -147,17 +142,42 @@ def test_after_many_the_checkpoint_is_restored_and_counters_go_on(workplace: Pat
     for n in range(8, 12):
         state = go(state, n)
     alike(saved[-1], state)
+    # Those at updates 4 (nothing could be applied), 12 and 16 were due, and left out.
+    assert [int(state.updates) for state in saved] == [8, 20, 24]
+
+    first, *_ = skipped = skipped_batches(run.store)
+    assert [batch.batch for batch in skipped] == [1, 5, 6, 7]
+    assert (first.first_row, first.last_row) == (4, 7)
+    assert [update.update for update in first.updates] == [3, 4]
+    log = (run.path / "logs" / "rank-0.jsonl").read_text()
+    assert "`tvq inspect --run many --step 1` shows its documents" in log
+    assert run_cli(["inspect", "--run", run.location, "--step", "1", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert first.documents == list(
+        dict.fromkeys(document["id"] for row in shown["rows"] for document in row["documents"])
+    )
+    assert [update["update"] for update in shown["skipped"]] == [3, 4]
+    assert run_cli(["inspect", "--run", run.location, "--step", "1"]) == 0
+    assert "update 3 was skipped: loss nan nats per token" in capsys.readouterr().out
+
     points = [
         point for name in segments(run.metrics) for point in read_segment(run.metrics, name).points
     ]
     steps = [p.step for p in points if "train/loss_nats_per_token" in p.values]
-    assert steps == list(range(1, 25))
-    last = next(p.values["train/skipped_updates"] for p in points if p.step == 24)
-    assert last == 6
+    assert steps == list(range(1, 25))  # no step twice, though the state went back
+    name = "train/skipped_updates"
+    assert [p.values[name] for p in points if p.step == 24 and name in p.values] == [8]
     assert any("goodput/step_seconds" in p.values for p in points)
+    assert any(p.values.get("memory/host_rss_bytes", 0) > 10e6 for p in points)
 
 
-@pytest.mark.parametrize(("first", "words"), [(5, "checkpoint at update 8 2 times"), (0, "no ch")])
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        (5, "checkpoint at update 8 2 times"),
+        pytest.param(0, "there is no checkpoint", marks=pytest.mark.slow),
+    ],
+)
 def test_a_training_that_cannot_go_on_ends_and_names_the_batch(
     workplace: Path, monkeypatch, first: int, words: str
 ):

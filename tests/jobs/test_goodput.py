@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jobs.goodput import PHASES, Goodput
-from jobs.ledger import Ledger, SkippedUpdate, skipped_updates
+from jobs.ledger import Ledger, SkippedBatch, SkippedUpdate, skipped_batch, skipped_batches
 from pipeline.storage import open_store
 
 
@@ -30,7 +30,9 @@ def spend(goodput: Goodput, clock: Clock, **seconds: float) -> None:
 def test_the_phases_make_up_the_whole(tmp_path: Path):
     clock = Clock()
     goodput = Goodput(None, "a driver", clock=clock)
-    spend(goodput, clock, start=2, compile=10, data_wait=1, step=30, evaluation=4, checkpoint=3)
+    clock.now += 2  # the start
+    goodput.begin_at(0)
+    spend(goodput, clock, compile=10, data_wait=1, step=30, evaluation=4, checkpoint=3)
     spend(goodput, clock, step=20, data_wait=2)
     goodput.close()
     clock.now += 1000  # after its end nothing counts
@@ -50,7 +52,7 @@ def test_the_phases_make_up_the_whole(tmp_path: Path):
 def group(folder: Path, clock: Clock, owner: str, update: int) -> tuple[Ledger, Goodput]:
     ledger = Ledger(open_store(folder))
     goodput = Goodput(ledger, owner, clock=clock)
-    spend(goodput, clock, start=3)
+    clock.now += 3
     goodput.begin_at(update)
     return ledger, goodput
 
@@ -89,6 +91,7 @@ def test_what_a_killed_group_did_behind_its_checkpoint_is_lost(
 def test_percentiles_are_of_the_updates_since_the_last_call():
     clock = Clock()
     goodput = Goodput(None, "a driver", clock=clock)
+    goodput.begin_at(0)
     spend(goodput, clock, compile=100)
     goodput.updates_done(2)  # the batch that compiled is not measured
     for n in range(1, 21):
@@ -102,22 +105,24 @@ def test_percentiles_are_of_the_updates_since_the_last_call():
     assert "perf/step_seconds_p50" not in goodput.values()
 
 
-def test_the_ledger_tells_what_was_skipped_once(tmp_path: Path):
-    def of(batch: int, *updates: int) -> list[SkippedUpdate]:
-        return [
-            SkippedUpdate(update, batch, 4 * batch, 4 * batch + 3, float("inf"), 2.5, -1.0)
-            for update in updates
-        ]
+def test_the_ledger_tells_what_was_skipped_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    def of(batch: int, *updates: int, documents: tuple[str, ...] = ()) -> SkippedBatch:
+        skipped = [SkippedUpdate(update, float("inf"), 2.5, -1.0) for update in updates]
+        return SkippedBatch(batch, 4 * batch, 4 * batch + 3, skipped, list(documents))
 
     store = open_store(tmp_path)
     for _ in range(2):  # a resumed training skips the second batch again
         ledger = Ledger(store)
-        ledger.skipped(of(12, 25, 26))
+        ledger.skipped(of(12, 25, 26), lambda: ["a.txt", "b.txt"])
         ledger.close()
     ledger = Ledger(store)
-    ledger.skipped(of(7, 16))
+    ledger.skipped(of(7, 16), lambda: 1 // 0)  # pyright: ignore[reportArgumentType]
     ledger.close()
-    assert skipped_updates(store) == of(7, 16) + of(12, 25, 26)
+    assert "the ledger lacks the documents of batch 7: integer division" in caplog.text
+    second = of(12, 25, 26, documents=("a.txt", "b.txt"))
+    assert skipped_batches(store) == [of(7, 16), second]
+    assert skipped_batch(store, 12) == second
+    assert skipped_batch(store, 8) is None
 
 
 def test_a_ledger_that_cannot_be_written_ends_no_training(

@@ -67,6 +67,8 @@ ANOTHER = {
     "data.shuffle_span": 3,
     "data.cache_bytes": 2**30,
     "training.accumulate": 2,
+    "training.profile": (3, 5),
+    "cluster.compile_cache": "a folder",
     "training.spike_deviations": 6.0,
     "cluster.peak_flops": 1e12,
     "model.d_feed_forward": 64,
@@ -96,6 +98,7 @@ OPERATIONAL = {
     "model.block_length",
     "model.parallel_blocks",
     "model.remat",
+    "model.remat_keeps",
     "model.unrolled_layers",
     "data.corpus",
     "data.mixture",
@@ -104,6 +107,7 @@ OPERATIONAL = {
     "training.evaluate_every",
     "training.evaluate_windows",
     "training.accumulate",
+    "training.profile",
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.keep_every",
@@ -127,6 +131,7 @@ OPERATIONAL = {
     "cluster.start_timeout_seconds",
     "cluster.join_timeout_seconds",
     "cluster.coordinator_port",
+    "cluster.compile_cache",
 }
 
 
@@ -170,6 +175,7 @@ NEEDED = {
     # What else must change with a field, for the recipe to be possible.
     "model.gradient_through_cache": {"gradient_block": 32},
     "model.n_kv_heads": {"n_heads": 4},
+    "model.remat_keeps": {"remat": True},
     "cluster.accelerator_version": {"accelerator": "tpu", "topology": "2x4"},
     "cluster.topology": {"accelerator": "tpu", "accelerator_version": "v4"},
 }
@@ -228,6 +234,16 @@ def test_what_the_user_states_is_told_from_what_comes_with_tvq(tmp_path: Path):
     own.write_text("training:\n  batch_size: 4\ndata:\n")
     assert stated(str(own), ("model.window=8",)) == {"training.batch_size", "model.window"}
     assert "model.d_model" in stated("tiny", ("model.preset=small",))
+
+
+def test_operational_fields_that_cannot_work_are_refused():
+    assert load("tiny", ("training.profile=[3,5]",)).training.profile == (3, 5)
+    for value in ("[5,3]", "[0,1]"):
+        assert "training.profile: expected the first" in refusal(f"training.profile={value}")
+    for value in ("[1]", "7", "[1,2,3]"):
+        assert "training.profile" in refusal(f"training.profile={value}")
+    assert "cluster.compile_cache: must be a fold" in refusal("cluster.compile_cache=gs://b/c")
+    assert "model.remat_keeps: products is" in refusal("model.remat_keeps=products")
 
 
 def test_stored_mathematics_and_asked_for_operations():

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jobs.ledger import Ledger, skipped_updates
+from jobs.codebook_watch import PATIENCE, CodebookWatch
+from jobs.ledger import Ledger, skipped_batches
 from jobs.metric_spool import MetricPoint, MetricSpool, read_segment, segments
 from jobs.recorder import Recorder
 from model.training import UpdateMetrics
@@ -25,7 +26,9 @@ NAMES = {
     "codebook/usage_fraction": "codebook_usage",
     "codebook/relative_error": "relative_error",
     "codebook/dead_codes": "dead_codes",
+    "codebook/collapsed_layers": "collapsed_layers",
 }
+COUNTS = ("tokens", "skipped_updates", "skipped_in_a_row", "collapsed_layers")
 
 
 class Clock:
@@ -41,7 +44,7 @@ def metrics_of(batch: int, updates: int = 2) -> UpdateMetrics:
     return UpdateMetrics(
         **{
             name: jnp.asarray(100 * batch + 10 * np.arange(updates) + number, jnp.int32)
-            if name in ("tokens", "skipped_updates", "skipped_in_a_row")
+            if name in COUNTS
             else jnp.asarray(100 * batch + 10 * np.arange(updates) + number / 8, jnp.float32)
             for number, name in enumerate(UpdateMetrics._fields)
         }
@@ -64,8 +67,9 @@ def recorder(tmp_path: Path, clock: Clock) -> Recorder:
     # Two bits a byte for every nat: an oracle that needs no corpus.
     spool = MetricSpool(tmp_path, flush_seconds=1e9)
     return Recorder(
-        spool, run="a", batch_size=4, tokens=5000, bits_per_byte=lambda nats: 2 * nats, clock=clock
-    )
+        spool, run="a", batch_size=4, tokens=5000, bits_per_byte=lambda nats: 2 * nats,
+        codebooks=CodebookWatch(8), clock=clock,
+    )  # fmt: skip
 
 
 def test_every_figure_of_every_update_becomes_a_value(recorder: Recorder, tmp_path: Path):
@@ -212,6 +216,7 @@ def test_skipped_updates_are_told_once_with_what_shows_them(
     ledger = Ledger(store)
     recorder = Recorder(
         None, run="a", batch_size=4, tokens=0, ledger=ledger,
+        documents=lambda batch: [f"of batch {batch}"],
         bits_per_byte=lambda nats: nats, mfu=None, clock=clock,
     )  # fmt: skip
     nothing_wrong = metrics_of(1, updates=3)
@@ -232,9 +237,12 @@ def test_skipped_updates_are_told_once_with_what_shows_them(
     assert recorder.skipped_in_a_row == 0
     ledger.close()
     # Batch 1 is updates 4 to 6 and rows 4 to 7, batch 2 updates 7 to 9 and rows 8 to 11.
-    found = [(s.update, s.batch, s.first_row, s.last_row) for s in skipped_updates(store)]
-    assert found == [(5, 1, 4, 7), (6, 1, 4, 7), (8, 2, 8, 11)]
-    assert [s.loss for s in skipped_updates(store)][1:] == [2, 70]
+    one, two = skipped_batches(store)
+    assert (one.batch, one.first_row, one.last_row) == (1, 4, 7)
+    assert (two.batch, two.first_row, two.last_row) == (2, 8, 11)
+    assert (one.documents, two.documents) == (["of batch 1"], ["of batch 2"])
+    assert [update.update for update in one.updates + two.updates] == [5, 6, 8]
+    assert [update.loss for update in one.updates + two.updates][1:] == [2, 70]
     first, second = caplog.messages
     assert first.startswith("batch 1: 2 of its 3 updates skipped, update 5 first: loss nan and")
     assert "`tvq inspect --run a --step 1`" in first
@@ -252,3 +260,15 @@ def test_utilisation_is_of_the_speed(tmp_path: Path, clock: Clock):
     recorder.flush()
     values = points_in(tmp_path)[-1].values
     assert values["perf/mfu"] == pytest.approx(values["perf/tokens_per_second"] / 1000)
+
+
+def test_wasted_codebooks_are_told_once_when_it_lasts(caplog: pytest.LogCaptureFixture):
+    watch = CodebookWatch(n_codes=10)
+    for update in range(1, 5 * PATIENCE):
+        if update == PATIENCE:  # not in a row
+            watch.see(update, dead_codes=5, collapsed_layers=0)
+        else:
+            watch.see(update, dead_codes=5.5, collapsed_layers=2)
+    collapsed, dead = caplog.messages
+    assert collapsed.startswith(f"update {2 * PATIENCE}: collapsed codebooks in 2 layers")
+    assert dead.startswith(f"update {2 * PATIENCE}: 6 of the 10 codes of a codebook are dead")

@@ -206,6 +206,27 @@ def test_remat_and_unrolling_change_nothing(step):
         np.testing.assert_allclose(left, right, atol=1e-4)
 
 
+def test_remat_trades_memory_for_computing_and_changes_nothing():
+    """The compiled step's temporary memory, of a model wide enough for activations to count."""
+    model = replace(toy.MODEL, n_layers=4, d_model=64, d_key=16, d_value=128)
+    batch = toy.rows(length=96)
+    start = toy.state(model)
+    kinds = (model, *(replace(model, remat=True, remat_keeps=k) for k in ("products", "nothing")))
+    memory, losses, params = [], [], []
+    for kind in kinds:
+        step = jax.jit(functools.partial(train_step, kind, toy.OPTIMIZER, 48))
+        compiled = step.lower(start, batch).compile()
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+        after, metrics = compiled(start, batch)
+        losses.append(metrics.loss)
+        params.append(jax.tree.leaves(after.params))
+    assert memory[0] > 1.1 * memory[1] > 1.2 * memory[2], memory
+    for loss, leaves in zip(losses[1:], params[1:], strict=True):
+        np.testing.assert_allclose(loss, losses[0], rtol=1e-5)
+        for left, right in zip(leaves, params[0], strict=True):
+            np.testing.assert_allclose(left, right, atol=1e-4)
+
+
 def program(model):
     """The equations of a train step, traced with abstract values."""
     abstract = jax.eval_shape(lambda: toy.state(model))
