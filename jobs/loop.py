@@ -25,8 +25,8 @@ from jobs.loop_contract import LoopSettings, Outcome
 from jobs.recipe import to_yaml
 from jobs.recorder import Recorder
 from jobs.run_directory import RunDirectory
+from jobs.stopping import Notice, StopReason
 from jobs.units import NATS_PER_BIT, bits_per_byte, targets_of
-from model.config import validate_accumulation
 from model.counts import flops_per_token
 from model.sharding import abstract_state, batch_sharding, make_mesh
 from model.training import (
@@ -43,8 +43,13 @@ from pipeline.mixture import Mixture
 log = logging.getLogger("tvq.loop")
 
 
-def train(settings: LoopSettings) -> Outcome:
-    """Trains from the newest checkpoint (or from the start) to the recipe's last update."""
+def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> Outcome:
+    """Trains from the newest checkpoint (or from the start) to the recipe's last update.
+
+    Args:
+        settings: the same in every process.
+        notice: what this process has been told, asked once a batch.
+    """
     recipe, run = settings.recipe, RunDirectory(settings.run)
     mixture = Mixture.load(recipe.data.corpora)
     primary = jax.process_index() == 0
@@ -57,9 +62,9 @@ def train(settings: LoopSettings) -> Outcome:
     # ---- Mesh: which device does what -----------------------------------------------------------
     axes = recipe.cluster
     mesh = make_mesh(jax.devices(), data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
-    layout = GlobalBatch(batch_sharding(mesh), recipe.training.batch_size)
-    rows = layout.padded_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-    validate_accumulation(rows, recipe.training.accumulate, "a device")
+    layout = GlobalBatch(
+        batch_sharding(mesh), recipe.training.batch_size, recipe.training.accumulate
+    )
 
     # ---- State: sharded from the first moment, or the newest intact checkpoint ------------------
     def create():
@@ -238,7 +243,7 @@ def train(settings: LoopSettings) -> Outcome:
         return go_on(restored[0], now)
 
     # ---- Loop: a batch is T/U updates; what a step returns is read one batch late ---------------
-    stop_reduced, stopped = None, False
+    stop_reduced, stopped = None, StopReason.NONE
     calling = goodput.phase("compile")
     with (
         contextlib.closing(ledger) if ledger else contextlib.nullcontext(),
@@ -251,7 +256,7 @@ def train(settings: LoopSettings) -> Outcome:
         while update < recipe.training.steps and not stopped:
             with goodput.phase("data_wait"):
                 batch = layout.place(next(batches))
-            stop = layout.flag(run.stop_requested())
+            stop = layout.flag(StopReason.REQUESTED if run.stop_requested() else notice())
             with calling:
                 if update == 0 and recipe.model.kmeans_iterations:
                     state = start_codebooks(state, batch)
@@ -262,7 +267,7 @@ def train(settings: LoopSettings) -> Outcome:
             if recorder.skipped_in_a_row >= limit:
                 state = fall_back(state)
             # A reduction of all processes' flags: all of them stop at the same batch.
-            stopped = stop_reduced is not None and bool(jax.device_get(stop_reduced))
+            stopped = StopReason(0 if stop_reduced is None else int(jax.device_get(stop_reduced)))
             stop_reduced = stop
             last = update == recipe.training.steps
             scores = None
@@ -281,10 +286,11 @@ def train(settings: LoopSettings) -> Outcome:
                         next_batch=next_batch,
                         tokens=recorder.tokens,
                         metrics=scores,
-                        last=last or stopped,
+                        last=last or bool(stopped),
                     )
                 goodput.saved(update)
                 recorder.figures(update, writer.figures() | goodput.values())
         recorder.flush()
-    run_log.event("group end", update=update, stopped=stopped)
-    return Outcome(update, stopped and update < recipe.training.steps, goodput.summary())
+    run_log.event("group end", update=update, stopped=stopped.name)
+    early = stopped if update < recipe.training.steps else StopReason.NONE
+    return Outcome(update, early, goodput.summary())

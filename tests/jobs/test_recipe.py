@@ -127,6 +127,9 @@ OPERATIONAL = {
     "cluster.start_timeout_seconds",
     "cluster.join_timeout_seconds",
     "cluster.coordinator_port",
+    "cluster.stall_seconds",
+    "cluster.resize_seconds",
+    "cluster.grace_seconds",
 }
 
 
