@@ -50,12 +50,12 @@ def environment(cluster: "ClusterConfig", ours: Mapping[str, str] = os.environ) 
         "OMP_NUM_THREADS": threads,
         "JAX_PLATFORMS": _PLATFORMS[cluster.accelerator],
     }
-    if flags := ours.get("XLA_FLAGS"):
-        variables["XLA_FLAGS"] = flags
-    return variables
+    # What the driver was given goes for the workers of a running cluster too.
+    return variables | {name: ours[name] for name in _HANDED_ON if ours.get(name)}
 
 
 _PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
+_HANDED_ON = ("XLA_FLAGS", "JAX_ENABLE_X64")
 
 
 # ---- A group of workers --------------------------------------------------------------------------
@@ -209,15 +209,20 @@ def check(cluster: "ClusterConfig") -> None:
             f"cluster.devices_per_worker: on TPU a worker has all chips of its host, here"
             f" {devices_per_worker(cluster)}; leave it null"
         )
-    if not cluster.workers:
+    if not cluster.most_workers:
         return  # the devices of this process are known only there
     local = devices_per_worker(cluster)
-    if tpu and cluster.workers % (hosts := slice_of(cluster).hosts):
-        raise ConfigError(
-            f"cluster.workers: a {cluster.accelerator_version} slice of {cluster.topology} has"
-            f" {hosts} hosts, each a worker, so it must be a multiple of {hosts},"
-            f" got {cluster.workers}"
-        )
+    hosts = slice_of(cluster).hosts if tpu else 1
+    for workers in (cluster.least_workers, cluster.most_workers):
+        if workers % hosts:
+            raise ConfigError(
+                f"cluster.workers: a {cluster.accelerator_version} slice of {cluster.topology} has"
+                f" {hosts} hosts, each a worker, so it must be a multiple of {hosts},"
+                f" got {workers}"
+            )
+    if not isinstance(cluster.workers, int):
+        _check_elastic(cluster, local * hosts)
+        return
     devices = cluster.workers * local
     axes = cluster.fsdp * cluster.tensor * max(cluster.data, 1)
     if devices % axes or (cluster.data > 0 and axes != devices):
@@ -226,6 +231,24 @@ def check(cluster: "ClusterConfig") -> None:
             f"cluster.workers: each brings {brings}, and data x fsdp x tensor ="
             f" {cluster.data} x {cluster.fsdp} x {cluster.tensor} does not make {devices};"
             " set cluster.data=-1 for what is left, or other axes"
+        )
+
+
+def _check_elastic(cluster: "ClusterConfig", step: int) -> None:
+    """`step`: devices that the smallest possible change of the group adds."""
+    least, most = cluster.least_workers, cluster.most_workers
+    if least > most:
+        raise ConfigError(f"cluster.workers: [least, most], got [{least}, {most}]")
+    if cluster.data != -1:
+        raise ConfigError(
+            f"cluster.data: must be -1 with cluster.workers=[{least}, {most}], whose devices it"
+            f" takes up, got {cluster.data}"
+        )
+    if step % (cluster.fsdp * cluster.tensor):
+        raise ConfigError(
+            f"cluster.workers: [{least}, {most}] adds and loses {step} devices at a time, which"
+            f" fsdp x tensor = {cluster.fsdp} x {cluster.tensor} must divide; set them lower, or a"
+            " fixed number of workers"
         )
 
 

@@ -31,7 +31,8 @@ Examples:
 
 \b
 Exit codes: 0 done; 1 a defect of tvq, with its traceback; 2 bad input, one line says what to do;
-3 the run is busy; 4 the training failed; 130 stopped by Ctrl-C.""",
+3 the run is busy; 4 the training failed; 5 it became unstable; 6 it was told to stop (SIGTERM, stop
+request, preemption) and is saved; 130 stopped by Ctrl-C.""",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print results only.")
 @click.version_option(package_name="tvq")

@@ -43,7 +43,7 @@ def demo(source: str | None, output: Path, console: Console) -> None:
     )
 
     # One Ray cluster for all stages: starting it takes longer than preparing the corpus.
-    with ray_session(None, cpus=with_cache.cluster.workers):
+    with ray_session(None, cpus=with_cache.cluster.most_workers):
         what = source or "the sources of this Python's standard library"
         console.heading(f"prepare: {what}, as bytes, into Arrow shards (Ray Data)")
         settings = PrepareSettings(
@@ -110,7 +110,7 @@ def _train_through_a_kill(recipe: Recipe, root: Path, console: Console) -> None:
     """Trains; once half the updates are made, kills the last worker with SIGKILL."""
     run = RunDirectory.at(root.absolute(), FULL)
     half = recipe.training.steps // 2
-    victim = f"rank-{recipe.cluster.workers - 1}"
+    victim = f"rank-{recipe.cluster.most_workers - 1}"
     earlier = len(run_log.events(run.logs, victim, "group start"))
     killed = newest_update(run) >= half
 

@@ -11,7 +11,6 @@ from jobs.recipe import ClusterConfig, Recipe
 from jobs.run_directory import RunDirectory
 from jobs.train import changed_fields, refuse_other_corpus, settled, with_corpora
 from jobs.units import targets_of
-from model.config import validate_accumulation
 from model.counts import flops_per_token, parameter_count
 from pipeline.mixture import Mixture
 from pipeline.storage import Location
@@ -48,7 +47,6 @@ def _plan(run: RunDirectory, recipe: Recipe, mixture: Mixture) -> dict[str, Any]
     axes = _mesh(recipe.cluster)
     along_rows = axes["data"] * axes["fsdp"]
     rows = -(-training.batch_size // (along_rows * training.accumulate)) * training.accumulate
-    validate_accumulation(rows, training.accumulate, "a device")
     batches = training.steps // recipe.updates_per_batch
     epochs = mixture.epochs(
         batches * training.batch_size, sequence_length=data.sequence_length, window=data.window
@@ -66,7 +64,7 @@ def _plan(run: RunDirectory, recipe: Recipe, mixture: Mixture) -> dict[str, Any]
         "codebook": count.codebook,
         "flops_per_token": flops_per_token(recipe.model, data.sequence_length),
         "mesh": axes,
-        "workers": recipe.cluster.workers,
+        "workers": recipe.cluster.most_workers,
         "batch": {
             "rows": training.batch_size,
             "tokens": training.batch_size * data.sequence_length,
@@ -153,9 +151,9 @@ def _state(run: RunDirectory, done: int, steps: int) -> str:
 
 
 def _mesh(cluster: ClusterConfig) -> dict[str, int]:
-    """Devices along each axis."""
-    if cluster.workers:
-        devices = cluster.workers * devices_per_worker(cluster)
+    """Devices along each axis, with all the workers that there may be."""
+    if cluster.most_workers:
+        devices = cluster.most_workers * devices_per_worker(cluster)
     else:  # known to JAX alone, in the process that computes: this one
         import jax
 

@@ -17,6 +17,9 @@ class ExitCode(IntEnum):
     """The training failed, after its restarts; the same command goes on from its checkpoint."""
     UNSTABLE = 5
     """The training went back to its checkpoint again and again and could apply no update."""
+    PREEMPTED = 6
+    """SIGTERM, a stop request or Ray's preemption notice: saved, unless the message says otherwise;
+    the same command goes on."""
     INTERRUPTED = 130
     """Ctrl-C: what was done is kept and the same command goes on."""
 

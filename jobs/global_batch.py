@@ -14,17 +14,20 @@ class GlobalBatch:
 
     Args:
         sharding: of an array [B, T]; rows are split, tokens are not.
-        batch_size: B. Where the devices do not divide it, masked rows are added at its end.
+        batch_size: B. Where what each device takes at once does not divide it, masked rows are
+            added at its end.
+        accumulate: micro-batches that a device's rows are taken in.
     """
 
-    def __init__(self, sharding: NamedSharding, batch_size: int):
+    def __init__(self, sharding: NamedSharding, batch_size: int, accumulate: int = 1):
         self._sharding = sharding
         self._vector = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(sharding.spec[0]))
         self._each = NamedSharding(
             sharding.mesh, jax.sharding.PartitionSpec(sharding.mesh.axis_names)
         )
         devices_along_rows = sharding.num_devices // _replicas(sharding)
-        self.padded_size = -(-batch_size // devices_along_rows) * devices_along_rows
+        at_once = devices_along_rows * accumulate
+        self.padded_size = -(-batch_size // at_once) * at_once
         index_map = sharding.addressable_devices_indices_map((self.padded_size, 1))
         held = {
             row
@@ -39,12 +42,12 @@ class GlobalBatch:
         """The batch of `rows` as global arrays [B', T] and [B'], B' being the padded size."""
         return Batch(*(self._placed(name, array) for name, array in local._asdict().items()))
 
-    def flag(self, raised: bool) -> jax.Array:
-        """This host's flag as a vector [devices] over the mesh; its maximum is any host's flag.
+    def flag(self, value: int) -> jax.Array:
+        """This host's number as a vector [devices] over the mesh; its maximum is over all hosts.
 
         Not [B']: hosts that share rows under tensor parallelism would hold replicas that differ.
         """
-        return _put(np.full((self._each.num_devices,), raised, np.int32), self._each)
+        return _put(np.full((self._each.num_devices,), value, np.int32), self._each)
 
     def _placed(self, name: str, local: np.ndarray) -> Any:
         if name == "rows":  # a random key is folded with 32 bits; -1 marks padding

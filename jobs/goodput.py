@@ -8,13 +8,16 @@ from typing import Any, Literal
 
 from jobs.ledger import Ledger
 
-Phase = Literal["compile", "data_wait", "evaluation", "checkpoint"]
-PHASES = ("start", "restart", "compile", "data_wait", "step", "evaluation", "checkpoint", "lost")
+Phase = Literal["compile", "data_wait", "coordination", "evaluation", "checkpoint"]
+PHASES = (
+    "start", "restart", "compile", "data_wait", "coordination", "step", "evaluation", "checkpoint",
+    "lost",
+)  # fmt: skip
 """start: of the first group, until it can begin. restart: of later groups, with the gap since the
 one before where the same driver started both. compile: the first call of each program, with what
-it then computes. data_wait: for the next batch, the devices working on or not. checkpoint: while
-the loop was held up by one. step: all else. lost: steps behind the last checkpoint that a later
-group made again."""
+it then computes. data_wait: for the next batch, the devices working on or not. coordination: asking
+whether to stop, Ray included. checkpoint: while the loop was held up by one. step: all else. lost:
+steps behind the last checkpoint that a later group made again."""
 
 _ACCOUNT_SECONDS = 10.0
 """Between two accounts in the ledger: what a kill leaves untold."""

@@ -7,7 +7,6 @@ which it placed them. This one takes its place.
 
 import logging
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,8 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2.jax import JaxConfig
 from ray.train.v2.jax.config import _JaxBackend
 
-from jobs.accelerators import SHUTDOWN_SECONDS, Host, Membership, memberships, process_ids
+from jobs.accelerators import Host, Membership, memberships, process_ids
+from jobs.ray_worker import save_and_end
 from jobs.recipe import ClusterConfig
 
 log = logging.getLogger("tvq.jax_backend")
@@ -33,7 +33,8 @@ class MeshConfig(JaxConfig):
 
     Policy: a worker that is silent for `cluster.heartbeat_seconds` counts as lost and ends the
     group, which Ray Train then starts anew. One that cannot join within
-    `cluster.join_timeout_seconds` fails the start, which may be tried again.
+    `cluster.join_timeout_seconds` fails the start, which may be tried again. A group that Ray ends
+    while it is well, to start one of another size, saves before.
     """
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -51,7 +52,9 @@ class _Mesh(_JaxBackend):
         cluster = backend_config.cluster
         hosts = _wait(worker_group.execute_async(_host, cluster.accelerator == "tpu"), 60)
         first = process_ids(cluster, hosts).index(0)
-        address, port = worker_group.execute_single(first, get_address_and_port)
+        [(address, port)] = _wait(
+            [worker_group.execute_single_async(first, get_address_and_port)], 60
+        )
         coordinator = address, cluster.coordinator_port or port
         joins = [
             worker_group.execute_single_async(rank, _join, membership, backend_config.initialize)
@@ -60,11 +63,15 @@ class _Mesh(_JaxBackend):
         _wait(joins, cluster.join_timeout_seconds + 30)
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        try:
-            leaving: list[Any] = worker_group.execute_async(_leave)
-            ray.get(leaving, timeout=SHUTDOWN_SECONDS + 5)
-        except Exception as error:  # the group may be dead already
-            log.info("leaving the mesh: %r", error)
+        assert isinstance(backend_config, MeshConfig)
+        status = worker_group.get_latest_poll_status()
+        if status is None or status.finished or status.errors or status.get_preemption_info():
+            return  # at its end, or beyond help: each wait for a dead worker would delay the next
+        grace = backend_config.cluster.grace_seconds
+        saving: list[Any] = worker_group.execute_async(save_and_end, grace)
+        _, late = ray.wait(saving, num_returns=len(saving), timeout=grace + 5)
+        if late:
+            log.warning("not saved before its end: %d workers of a group", len(late))
 
 
 def _wait(replies: list[Any], seconds: int) -> list[Any]:
@@ -93,12 +100,3 @@ def _join(membership: Membership, initialize: Callable[..., None] | None) -> Non
     for name, value in membership.settings.items():
         jax.config.update(name, value)
     (initialize or jax.distributed.initialize)(**membership.arguments)
-
-
-def _leave() -> None:
-    if "jax" not in sys.modules:  # it never joined
-        return
-    import jax
-
-    if jax.distributed.is_initialized():
-        jax.distributed.shutdown()

@@ -30,18 +30,24 @@ from jobs.ray_metrics import RayMetrics
 from jobs.recipe import to_yaml
 from jobs.recorder import Recorder
 from jobs.run_directory import RunDirectory
+from jobs.stopping import Notice, StopReason
 from jobs.units import training_units
 from jobs.validation import Validation
-from model.config import validate_accumulation
 from model.sharding import batch_sharding, make_mesh
 from pipeline.loader import training_batches
 from pipeline.manifest import SPLITS
 from pipeline.mixture import Mixture
 
 
-def train(settings: LoopSettings) -> Outcome:
-    """Trains from the newest checkpoint (or from the start) to the recipe's last update."""
+def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> Outcome:
+    """Trains from the newest checkpoint (or from the start) to the recipe's last update.
+
+    Args:
+        settings: the same in every process.
+        notice: what this process has been told, asked once a batch.
+    """
     recipe, run = settings.recipe, RunDirectory(settings.run)
+    training = recipe.training
     primary = jax.process_index() == 0
     run_log.open_log(run.logs, f"rank-{jax.process_index()}")
     run_log.event("group start", rank=jax.process_index(), worker_pid=os.getpid())
@@ -53,9 +59,7 @@ def train(settings: LoopSettings) -> Outcome:
     # ---- Mesh: which device does what -----------------------------------------------------------
     axes = recipe.cluster
     mesh = make_mesh(jax.devices(), data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
-    layout = GlobalBatch(batch_sharding(mesh), recipe.training.batch_size)
-    rows = layout.padded_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-    validate_accumulation(rows, recipe.training.accumulate, "a device")
+        layout = GlobalBatch(batch_sharding(mesh), training.batch_size, training.accumulate)
     programs = Programs(recipe, mesh)
 
     # ---- State: sharded from the first moment, or the newest intact checkpoint ------------------
@@ -77,8 +81,8 @@ def train(settings: LoopSettings) -> Outcome:
         "train",
         sequence_length=recipe.data.sequence_length,
         window=recipe.data.window,
-        batch_size=recipe.training.batch_size,
-        seed=recipe.training.seed,
+        batch_size=training.batch_size,
+        seed=training.seed,
         shuffle_span=recipe.data.shuffle_span,
         start_batch=next_batch,
         rows=layout.rows,
@@ -91,7 +95,7 @@ def train(settings: LoopSettings) -> Outcome:
     recorder = Recorder(
         spool,
         run=run.name,
-        batch_size=recipe.training.batch_size,
+        batch_size=training.batch_size,
         tokens=tokens,
         skipped_in_a_row=int(jax.device_get(state.spikes.in_a_row)),
         ledger=ledger,
@@ -111,13 +115,13 @@ def train(settings: LoopSettings) -> Outcome:
     )
     validation = Validation(recipe, mixture, layout, programs.evaluate)
     fallback = Fallback(run, recipe, programs)
-    profile = ProfileTrace(run, recipe.training.profile if primary else None)
+    profile = ProfileTrace(run, training.profile if primary else None)
     watched = RayMetrics(run, recorder.latest) if primary else None
     goodput.begin_at(update)
     run_log.event("state ready", update=update, restored=restored is not None)
 
     # ---- Loop: a batch is T/U updates; what a step returns is read one batch late ---------------
-    flags, stopped, fell_at = None, False, -1
+    told, stopped, fell_at = None, StopReason.NONE, -1
     calling = goodput.phase("compile")
     with contextlib.ExitStack() as closing:
         for each in (
@@ -131,15 +135,17 @@ def train(settings: LoopSettings) -> Outcome:
         ):  # the last one first
             closing.callback(each.close if each else lambda: None)
         closing.enter_context(jax.transfer_guard("disallow"))
-        while update < recipe.training.steps and not stopped:
+        while update < training.steps and not stopped:
             with goodput.phase("data_wait"):
                 batch = layout.place(next(batches))
-            stop = layout.flag(run.stop_requested())
+            with goodput.phase("coordination"):
+                stop = StopReason.REQUESTED if run.stop_requested() else notice()
+            flags = layout.flag(stop)
             profile.before(update, recipe.updates_per_batch, state)
             with calling, profile.step(update + recipe.updates_per_batch):
                 if update == 0 and recipe.model.kmeans_iterations:
                     state = programs.start_codebooks(state, batch)
-                state, metrics, stop = programs.step(state, batch, stop)
+                state, metrics, flags = programs.step(state, batch, flags)
             calling = contextlib.nullcontext()
             update, next_batch = update + recipe.updates_per_batch, next_batch + 1
             recorder.updates(update, metrics)
@@ -151,13 +157,13 @@ def train(settings: LoopSettings) -> Outcome:
                     state = fallback.go_back(state, next_batch, recorder.skipped_in_a_row)
                     recorder.skipped_in_a_row, fell_at = 0, update
 
-            # A reduction of all processes' flags: all of them stop at the same batch.
-            stopped = flags is not None and bool(jax.device_get(flags))
-            flags = stop
-            last = update == recipe.training.steps
+            # A reduction over all processes: all of them stop at the same batch.
+            stopped = StopReason(0 if told is None else int(jax.device_get(told)))
+            told = flags
+            last = update == training.steps
 
             scores = None
-            if last or update % recipe.training.evaluate_every == 0:
+            if last or update % training.evaluate_every == 0:
                 measure = goodput.phase("evaluation")(validation.measure)
                 scores = recorder.evaluation(update, partial(measure, state))
             if last or stopped or update % recipe.checkpoint.every == 0:
@@ -172,10 +178,11 @@ def train(settings: LoopSettings) -> Outcome:
                             next_batch=next_batch,
                             tokens=recorder.tokens,
                             metrics=scores,
-                            last=last or stopped,
+                            last=last or bool(stopped),
                         )
                     goodput.saved(update)
                 recorder.figures(update, writer.figures() | goodput.values() | memory_use())
         recorder.flush()
-    run_log.event("group end", update=update, stopped=stopped)
-    return Outcome(update, stopped and update < recipe.training.steps, goodput.summary())
+    run_log.event("group end", update=update, stopped=stopped.name)
+    early = stopped if update < training.steps else StopReason.NONE
+    return Outcome(update, early, goodput.summary())

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jobs.recipe import Recipe
+from jobs.stopping import StopReason
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Outcome(NamedTuple):
 
     update: int
     """The last update made; it is in a checkpoint."""
-    stopped: bool
-    """Whether it was asked to stop before the recipe's last update."""
+    stopped: StopReason
+    """Why it ended before the recipe's last update; NONE (false) where it did not."""
     goodput: str = ""
     """Where the time went, in a line."""

@@ -12,8 +12,9 @@ log = logging.getLogger("tvq.ray")
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray's notices about its own progress would break up ours.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Look for nodes that are about to be taken away once a second.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     # Poll the workers five times a second: a lost one is noticed, and the end, at once.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -23,7 +24,9 @@ _QUIET = {
 _ON_LOOPBACK = {
     # Ray's switch for machines that are no cluster: every process binds to 127.0.0.1, none of them
     # to the address that others reach. (_node_ip_address="127.0.0.1" is replaced by that address.)
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Nobody takes this machine's only node away without the driver: a process less to start.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _OBJECT_STORE_BYTES = 200 * 2**20
 

@@ -134,8 +134,10 @@ class TrackingConfig:
 class ClusterConfig:
     """The Ray workers and the device mesh that they form."""
 
-    workers: int = operational(2)
-    """Worker processes; 0 runs the loop in this process, without Ray."""
+    workers: int | tuple[int, int] = operational(2)
+    """Worker processes; 0 runs the loop in this process, without Ray. [least, most]: as many as the
+    cluster has room for; the group starts anew, from a checkpoint, with fewer when a node is lost
+    and with more when there is room. The batch and its losses stay the same."""
     cpus_per_worker: int = operational(1)
     """CPU cores that Ray reserves for a worker; XLA is given as many threads."""
     accelerator: Literal["cpu", "gpu", "tpu"] = operational("cpu")
@@ -172,6 +174,24 @@ class ClusterConfig:
     compile_cache: str | None = operational(None)
     """Folder on the workers' machines for compiled programs: a second start of the same recipe on
     the same devices compiles nothing. null: none."""
+    stall_seconds: int = operational(1800)
+    """A worker that began no batch for so long ends itself, and with it the group, which starts
+    anew; more than the compilation, an evaluation or the last save takes."""
+    resize_seconds: int = operational(60)
+    """How often a group of [least, most] workers looks for room for more."""
+    grace_seconds: int = operational(25)
+    """How long a save may take after SIGTERM, or before a group is started anew with another number
+    of workers. Kubernetes kills 30 s after SIGTERM unless told otherwise."""
+
+    @property
+    def least_workers(self) -> int:
+        """The fewest that the training runs on."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """The most that it runs on."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 @dataclass(frozen=True)
@@ -381,7 +401,7 @@ def _check(recipe: Recipe) -> None:
         ("checkpoint.keep", recipe.checkpoint.keep, 1),
         ("checkpoint.keep_every", recipe.checkpoint.keep_every, 1),
         ("checkpoint.keep_best", recipe.checkpoint.keep_best, 0),
-        ("cluster.workers", cluster.workers, 0),
+        ("cluster.workers", cluster.least_workers, 0 if isinstance(cluster.workers, int) else 1),
         ("cluster.cpus_per_worker", cluster.cpus_per_worker, 1),
         ("cluster.fsdp", cluster.fsdp, 1),
         ("cluster.tensor", cluster.tensor, 1),
@@ -392,6 +412,9 @@ def _check(recipe: Recipe) -> None:
         ("cluster.start_timeout_seconds", cluster.start_timeout_seconds, 1),
         ("cluster.join_timeout_seconds", cluster.join_timeout_seconds, 1),
         ("cluster.coordinator_port", cluster.coordinator_port, 1),
+        ("cluster.stall_seconds", cluster.stall_seconds, 1),
+        ("cluster.resize_seconds", cluster.resize_seconds, 1),
+        ("cluster.grace_seconds", cluster.grace_seconds, 0),
     ):
         if value is not None and value < least:
             raise ConfigError(f"{name}: must be at least {least}, got {value}")

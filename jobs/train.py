@@ -17,6 +17,7 @@ from jobs.loop_contract import Outcome
 from jobs.metric_spool import MetricPoint
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory, RunRecord
+from jobs.stopping import StopReason, StopRequests
 from jobs.tracking.store import Store, embedded_store, without_credentials
 from jobs.tracking.tracker import Tracker
 from jobs.trainer import run_loop
@@ -59,7 +60,8 @@ def train(
 
     Raises:
         UserError: a mistake to mend, a run that another process holds, a training that failed, or
-            one that was stopped by Ctrl-C (saved; the same command goes on).
+            one that was stopped by Ctrl-C, SIGTERM, a stop request or Ray's preemption notice
+            (saved; the same command goes on).
     """
     recipe, mixture = with_corpora(recipe)
     run = RunDirectory.at(root, name)
@@ -90,20 +92,27 @@ def train(
         )
         run.request_stop(False)
         status, patience = "FAILED", 60.0
+        stops = StopRequests(run, recipe.cluster.grace_seconds)
         try:
             differences = "\n".join(recipes.difference(recipe, Recipe())) + "\n"
             tracker.log_recipe(recipes.flatten(recipe), recipes.to_yaml(recipe), differences)
             _log_corpora(tracker, mixture)
 
             def loop() -> Outcome:
-                return Outcome(done, False) if finished else run_loop(run, recipe, lease.owner)
+                if finished:
+                    return Outcome(done, StopReason.NONE)
+                return run_loop(run, recipe, lease.owner)
 
-            outcome = _supervise(run, recipe, loop, tracker, store, console, on_points)
+            with stops.heard():
+                outcome = _supervise(run, recipe, loop, tracker, store, console, stops, on_points)
             status = "KILLED" if outcome.stopped else "FINISHED"
         except KeyboardInterrupt:
             status, patience = "KILLED", 5.0
             raise
         finally:
+            if stops.overdue:
+                status = "KILLED"
+            patience = 5.0 if stops.terminated else patience
             complete = tracker.finish(status, patience)
             _note_tracking(run, tracker, store)
             if complete and status == "FINISHED":
@@ -114,7 +123,7 @@ def train(
         raise UserError(
             f"run {name}: stopped at update {outcome.update}, which is saved; the same command goes"
             " on from there",
-            ExitCode.INTERRUPTED,
+            stops.exit_code,
         )
     if not finished:
         console.line(
@@ -238,7 +247,9 @@ def changed_fields(recipe: Recipe) -> dict[str, Any]:
 def _narrate(console: Console, run: RunDirectory, recipe: Recipe, mixture: Mixture) -> None:
     count = parameter_count(recipe.model)
     batch_tokens = recipe.training.batch_size * recipe.data.sequence_length
-    where = f"{recipe.cluster.workers} Ray workers" if recipe.cluster.workers else "this process"
+    least, most = recipe.cluster.least_workers, recipe.cluster.most_workers
+    workers = f"{most}" if least == most else f"{least} to {most}"
+    where = f"{workers} Ray workers" if most else "this process"
     console.line(f"run       {run.location}")
     stated = changed_fields(recipe).items()
     console.line(f"recipe    {' '.join(f'{name}={value}' for name, value in stated)}")
@@ -298,6 +309,7 @@ def _supervise(
     tracker: Tracker,
     store: Store,
     console: Console,
+    stops: StopRequests,
     on_points: Callable[[list[MetricPoint]], None] | None,
 ) -> Outcome:
     """Runs the loop in a thread, so that Ctrl-C reaches us and not Ray, and watches over it."""
@@ -347,11 +359,17 @@ def _supervise(
     with console.training(recipe.training.steps) as progress:
         tracker.attach_spool(run.metrics, show)
         threading.Thread(target=work, name="training", daemon=True).start()
-        asked = False
         # Not Thread.join: Ctrl-C during it makes Python 3.11 take the thread for dead.
         while not ended.is_set():
             try:
                 ended.wait(0.5)
+                if stops.overdue:
+                    raise UserError(
+                        f"run {run.name}: not saved within cluster.grace_seconds"
+                        f" ({stops.grace_seconds:g} s) of SIGTERM; the same command goes on from"
+                        f" the checkpoint at update {newest_update(run)}",
+                        ExitCode.PREEMPTED,
+                    )
                 track()
                 for line in log.read():
                     if line["level"] in ("WARNING", "ERROR"):
@@ -364,10 +382,9 @@ def _supervise(
                                 f" {line['update']}"
                             )
             except KeyboardInterrupt:
-                if asked:
+                if stops.interrupted:
                     raise
-                asked = True
-                run.request_stop(True)
+                stops.interrupt()
                 console.line("Ctrl-C: saving at the next batch, then stopping (again: at once)")
         tracker.detach_spool()
         track(last=True)

@@ -5,8 +5,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from jobs import accelerators
@@ -15,9 +14,10 @@ from jobs.errors import ExitCode, UserError
 from jobs.lease import LeaseLostError
 from jobs.loop_contract import LoopSettings, Outcome
 from jobs.ray_session import ray_session
+from jobs.ray_worker import run_loop_in_worker
 from jobs.recipe import ClusterConfig, Recipe
 from jobs.run_directory import RunDirectory
-from model.config import ConfigError
+from jobs.stopping import StopReason
 
 log = logging.getLogger("tvq.trainer")
 
@@ -42,6 +42,10 @@ def run_loop(run: RunDirectory, recipe: Recipe, lease_owner: str) -> Outcome:
     `cluster.max_restarts` times, and the loop goes on from the newest checkpoint. If one was added
     meanwhile, the failures are forgotten and it all begins again.
 
+    When a worker's node is about to be taken away, the group saves. One of [least, most] workers
+    then goes on without that node; any other training ends, to be started again when there is
+    another one.
+
     Raises:
         UserError: the group failed more often without a new checkpoint, saying what failed first;
             the cluster has no place for it; the run was taken over; or a mistake in the recipe that
@@ -49,19 +53,20 @@ def run_loop(run: RunDirectory, recipe: Recipe, lease_owner: str) -> Outcome:
     """
     settings = LoopSettings(run.location, recipe, lease_owner)
     cluster = recipe.cluster
-    if cluster.workers == 0:
+    if cluster.most_workers == 0:
         from jobs.loop import train
 
         try:
             return train(settings)
         except LeaseLostError as error:
             raise UserError(str(error), ExitCode.BUSY) from None
+    elastic = not isinstance(cluster.workers, int)
     failed_starts = 0
-    with ray_session(cluster.address, cpus=cluster.workers * cluster.cpus_per_worker):
+    with ray_session(cluster.address, cpus=cluster.most_workers * cluster.cpus_per_worker):
         while True:
             before = newest_update(run)
             try:
-                ended = on_workers(_worker, settings, cluster)
+                ended = on_workers(run_loop_in_worker, settings, cluster)
             except WorkersLostError as error:
                 if newest_update(run) > before:
                     failed_starts = 0
@@ -77,6 +82,9 @@ def run_loop(run: RunDirectory, recipe: Recipe, lease_owner: str) -> Outcome:
             if isinstance(ended, UserError):
                 raise ended
             assert isinstance(ended, Outcome), ended
+            if elastic and ended.stopped in (StopReason.PREEMPTED, StopReason.RESIZED):
+                log.warning("saved at update %d; a new group goes on from there", ended.update)
+                continue
             return ended
 
 
@@ -95,8 +103,10 @@ def on_workers(
 
     Raises:
         WorkersLostError: the group failed `cluster.max_restarts` times, or once in starting.
-        UserError: the cluster has no place for it, or its nodes are not set up for it.
+        UserError: the cluster has no place for it, its nodes are not set up for it, or a worker
+            raised one.
     """
+    from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2._internal.exceptions import (
         InsufficientClusterResourcesError,
@@ -107,12 +117,17 @@ def on_workers(
     from ray.train.v2.jax import JaxTrainer
 
     from jobs.jax_backend import MeshConfig
+    from jobs.worker_placement import TRY_SECONDS, PlacementLimit, no_place
 
     # Ray wants a folder for its own records; they are of no use once the group has ended, and the
     # workers, who report nothing to Ray, need not see it.
     records = tempfile.mkdtemp(prefix="tvq-ray-")
+    elastic = not isinstance(cluster.workers, int)
+    seconds = min(TRY_SECONDS, cluster.start_timeout_seconds)
     # Ray Train reads it when the group starts, from the environment alone.
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_seconds)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(
+        seconds if elastic else cluster.start_timeout_seconds
+    )
     trainer = JaxTrainer(
         work,
         train_loop_config={"settings": settings},
@@ -124,15 +139,20 @@ def on_workers(
             topology=cluster.topology,
             accelerator_type=accelerators.ray_accelerator_type(cluster),
             resources_per_worker=accelerators.resources(cluster),
+            elastic_resize_monitor_interval_s=cluster.resize_seconds,
         ),
         run_config=RunConfig(
             name=uuid.uuid4().hex,
             storage_path=records,
             failure_config=FailureConfig(
                 max_failures=cluster.max_restarts,
-                # Ray's own tries would each wait for as long again.
-                controller_failure_limit=0,
+                # Of nodes that were taken away before the group had saved.
+                max_preemption_failures=cluster.max_restarts,
+                # Ray's own tries would each wait for as long again; those of an elastic group look
+                # for another size.
+                controller_failure_limit=-1 if elastic else 0,
             ),
+            callbacks=[PlacementLimit(cluster)],  # pyright: ignore[reportArgumentType]
             worker_runtime_env={"env_vars": accelerators.environment(cluster)},
         ),
     )
@@ -141,51 +161,18 @@ def on_workers(
     except TrainingFailedError as error:
         log.error("the worker group failed", exc_info=error)
         cause = getattr(error, "controller_failure", None)
-        if isinstance(cause, UserError):
-            raise cause from None
+        for found in (cause, *getattr(error, "worker_failures", {}).values()):
+            if isinstance(found, UserError):
+                raise found from None
         if isinstance(cause, WorkerGroupStartupTimeoutError | InsufficientClusterResourcesError):
-            raise UserError(_no_place(cluster), ExitCode.FAILED) from None
+            raise no_place(cluster) from None
         starting = isinstance(cause, WorkerGroupStartupFailedError)
         raise WorkersLostError(_first_cause(error), starting) from None
+    except RayError as error:  # of the controller itself: killed, or its node is gone
+        log.error("Ray Train's controller failed", exc_info=error)
+        raise WorkersLostError(_first_cause(error), starting=True) from None
     finally:
         shutil.rmtree(records, ignore_errors=True)
-
-
-def _worker(config: dict[str, LoopSettings]) -> Outcome | UserError:
-    # JAX belongs to the worker: the driver and Ray's controller import this module, not the loop.
-    from jobs.loop import train
-
-    try:
-        return train(config["settings"])
-    except (UserError, ConfigError) as error:
-        # Every worker finds it, and again after a restart: it ends the training, not the group.
-        return error if isinstance(error, UserError) else UserError(str(error))
-
-
-def _no_place(cluster: ClusterConfig) -> str:
-    """What was asked for and what is there, on one line."""
-    import ray
-
-    asked = accelerators.resources(cluster)
-
-    def shown(resources: Mapping[str, float]) -> str:
-        return ", ".join(f"{name} {resources.get(name, 0):g}" for name in asked)
-
-    nodes = Counter(shown(node["Resources"]) for node in ray.nodes() if node["Alive"])
-    has = "; ".join(f"{count} x ({node})" for node, count in nodes.most_common())
-    slices = ""
-    if cluster.topology:
-        each = accelerators.slice_of(cluster).hosts
-        slices = (
-            f", {cluster.workers // each} whole slices of {cluster.accelerator_version}"
-            f" {cluster.topology}"
-        )
-    return (
-        f"no place for {cluster.workers} workers of {shown(asked)} each{slices} after"
-        f" {cluster.start_timeout_seconds} s; the cluster's nodes: {has}, of which"
-        f" {shown(ray.available_resources())} is free; add nodes, ask for less (cluster.workers and"
-        " what each takes), or wait longer (cluster.start_timeout_seconds)"
-    )
 
 
 def _first_cause(error: BaseException) -> str:

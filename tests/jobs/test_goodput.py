@@ -76,8 +76,8 @@ def test_what_a_killed_group_did_behind_its_checkpoint_is_lost(
     second.close()
     ledger.close()
     assert second.totals() == {
-        "start": 3, "restart": 3 + gap, "compile": 9, "data_wait": 0, "evaluation": 0,
-        "step": 20 + 30, "checkpoint": 1, "lost": 12,
+        "start": 3, "restart": 3 + gap, "compile": 9, "data_wait": 0, "coordination": 0,
+        "evaluation": 0, "step": 20 + 30, "checkpoint": 1, "lost": 12,
     }  # fmt: skip
 
     # A third begins behind its end: nothing more is lost.

@@ -132,6 +132,9 @@ OPERATIONAL = {
     "cluster.join_timeout_seconds",
     "cluster.coordinator_port",
     "cluster.compile_cache",
+    "cluster.stall_seconds",
+    "cluster.resize_seconds",
+    "cluster.grace_seconds",
 }
 
 
