@@ -59,7 +59,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
     # ---- Mesh: which device does what -----------------------------------------------------------
     axes = recipe.cluster
     mesh = make_mesh(jax.devices(), data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
-        layout = GlobalBatch(batch_sharding(mesh), training.batch_size, training.accumulate)
+    layout = GlobalBatch(batch_sharding(mesh), training.batch_size, training.accumulate)
     programs = Programs(recipe, mesh)
 
     # ---- State: sharded from the first moment, or the newest intact checkpoint ------------------
@@ -124,16 +124,10 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
     told, stopped, fell_at = None, StopReason.NONE, -1
     calling = goodput.phase("compile")
     with contextlib.ExitStack() as closing:
-        for each in (
-            ledger,
-            goodput,
-            spool,
-            batches,
-            writer,
-            profile,
-            watched,
-        ):  # the last one first
-            closing.callback(each.close if each else lambda: None)
+        # The last one first.
+        for each in (ledger, goodput, spool, batches, writer, profile, watched):
+            if each is not None:
+                closing.callback(each.close)
         closing.enter_context(jax.transfer_guard("disallow"))
         while update < training.steps and not stopped:
             with goodput.phase("data_wait"):
