@@ -73,16 +73,33 @@ def bench_attention(as_json: bool, **options: Any) -> None:
 Examples:
   tvq bench train
   tvq bench train small --lengths 131072 --forms serial,parallel
-  tvq bench train small --lengths 8192 --update-length 2048 model.block_length=128 --json""",
+  tvq bench train small --lengths 8192 --update-length 2048 model.block_length=128 --json
+  tvq bench train small data.corpus=corpora/books --ray --rounds 3""",
 )
 @_bench_options
 @click.option("--update-length", type=click.IntRange(1), help="Tokens of an update; default: T.")
-def bench_train(as_json: bool, **options: Any) -> None:
+@click.option(
+    "--ray", "on_ray", is_flag=True,
+    help="Time whole trainings instead, bare and under Ray: what Ray adds to an update, what saves"
+    " cost, what a start is made of. Of the options, only --rounds, --updates and --json count.",
+)  # fmt: skip
+@click.option(
+    "--updates", type=click.IntRange(1), default=150, show_default=True, help="With --ray."
+)
+def bench_train(as_json: bool, on_ray: bool, updates: int, **options: Any) -> None:
     """Time a training step of a whole model: forward, backward, optimizer.
 
     A figure is the median of the rounds, in which all forms take turns. OVERRIDES are
     section.field=value.
     """
+    if on_ray:
+        from jobs.bench_ray import ray_command
+
+        ray_command(
+            options["name"], options["overrides"], rounds=options["rounds"], updates=updates,
+            console=console(as_json), as_json=as_json,
+        )  # fmt: skip
+        return
     from jobs.bench import bench_command
 
     bench_command("train", console=console(as_json), as_json=as_json, **options)

@@ -144,6 +144,7 @@ class Goodput:
         if self._ledger:
             account: dict[str, Any] = {
                 "owner": self._owner,
+                "began": self._began,
                 "time": self._noted_at,
                 "seconds": self._own | {"step": self.step_seconds()},
                 "saves": self._saves,

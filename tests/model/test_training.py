@@ -216,7 +216,9 @@ def test_remat_trades_memory_for_computing_and_changes_nothing():
     for kind in kinds:
         step = jax.jit(functools.partial(train_step, kind, toy.OPTIMIZER, 48))
         compiled = step.lower(start, batch).compile()
-        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+        analysis = compiled.memory_analysis()
+        assert analysis is not None
+        memory.append(analysis.temp_size_in_bytes)
         after, metrics = compiled(start, batch)
         losses.append(metrics.loss)
         params.append(jax.tree.leaves(after.params))
