@@ -13,7 +13,7 @@ from jobs import run_log
 from jobs.background_spool import BackgroundSpool
 from jobs.batch_inspection import documents_of_batch
 from jobs.checkpoint_writer import CheckpointWriter
-from jobs.checkpoints import restore_newest
+from jobs.checkpoints import jitted_leaf_sums, restore_newest
 from jobs.codebook_watch import CodebookWatch
 from jobs.compile_cache import use_compile_cache
 from jobs.fallback import Fallback
@@ -72,6 +72,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
         update, next_batch, tokens = checkpoint.update, checkpoint.next_batch, checkpoint.tokens
     else:
         state = programs.create()
+        jitted_leaf_sums(state)  # compiled now, and not while the first save holds up the loop
         update, next_batch, tokens = 0, 0, 0
 
     # ---- Data: batch n is a function of n; each host reads the rows that its devices hold -------

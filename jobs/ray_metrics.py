@@ -45,6 +45,8 @@ _RECORDED = {
 class RayMetrics:
     """Sets the gauges of a run, on rank 0; does nothing outside a Ray session.
 
+    Ray exports them on nodes that have ray[default] installed.
+
     Policy: a thread looks every `seconds`, at what the recorder noted last and into the run
     directory; the loop never waits for it, and ages grow while the loop hangs.
     """
