@@ -47,12 +47,12 @@ class CheckpointManifest:
     """`leaf_sums` of the state."""
     files: dict[str, int]
     """Length in bytes of every file of the arrays' folder."""
-    folder: str = "state"
-    """That the arrays lie in, beside the manifest."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the evaluation after this update, if there was one."""
     created: float = 0.0
     """Unix time at which the state was taken, seconds."""
+    folder: str = "state"
+    """That the arrays lie in, beside the manifest."""
 
 
 class DamagedCheckpointError(RuntimeError):

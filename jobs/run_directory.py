@@ -205,11 +205,23 @@ class RunDirectory:
         return any(not entry.name.startswith("run.json") for entry in self.store.list())
 
     def recipe_text(self) -> str:
-        """The resolved recipe that the run was begun with, YAML."""
+        """The resolved recipe that the run was begun with, YAML.
+
+        Raises:
+            UserError: `recipe.yaml` is not what `run.json` says that it was.
+        """
+        record = self.record()
+        begun_with = record.recipe if record else ""
         with contextlib.suppress(FileNotFoundError):
-            return self.store.read("recipe.yaml").decode("utf-8")
-        record = self.record()  # claimed this moment, or by who was killed behind it
-        return record.recipe if record else ""
+            text = self.store.read("recipe.yaml").decode("utf-8", errors="replace")
+            if begun_with and text != begun_with:
+                raise UserError(
+                    f"{self.location}/recipe.yaml: is not the recipe that the run was begun with;"
+                    " remove it, run.json holds the same text; to change a field, state it in the"
+                    " command"
+                )
+            return text
+        return begun_with  # claimed this moment, or by who was killed behind it
 
     def request_stop(self, wanted: bool) -> None:
         """Asks the training to save and end at its next batch, or takes that back."""
@@ -246,8 +258,8 @@ class RunDirectory:
         """The update at which `note_closed` was last called; None if never."""
         try:
             return json.loads(self.store.read("closed.json"))["update"]
-        except FileNotFoundError:
-            return None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None  # damaged: then it is noted again
 
 
 def list_runs(root: Location) -> list[RunDirectory]:

@@ -13,7 +13,7 @@ from jobs import recipe as recipes
 from jobs.checkpoint_manifest import checkpoint_store, complete_checkpoints, newest_update
 from jobs.console import Console
 from jobs.errors import ExitCode, UserError
-from jobs.lease import Lease
+from jobs.lease import Lease, LeaseLostError
 from jobs.loop_contract import Outcome
 from jobs.metric_spool import MetricPoint
 from jobs.recipe import Recipe
@@ -105,18 +105,22 @@ def train(
             def loop() -> Outcome:
                 return Outcome(done, False) if finished else run_loop(run, recipe, lease.owner)
 
-            outcome = _supervise(run, recipe, loop, tracker, store, console, on_points)
+            outcome = _supervise(run, recipe, loop, lease, tracker, store, console, on_points)
             status = "KILLED" if outcome.stopped else "FINISHED"
         except KeyboardInterrupt:
             status, patience = "KILLED", 5.0
             raise
+        except LeaseLostError:
+            status = None  # all that follows is the new holder's to do
+            raise
         finally:
-            complete = tracker.finish(status, patience)
-            with _outage_told(console):  # what the training ended of is what counts
-                _note_tracking(run, tracker, store)
-                if complete and status == "FINISHED":
-                    run.note_closed(newest_update(run))
-                run.request_stop(False)
+            if status:
+                complete = tracker.finish(status, patience)
+                with _outage_told(console):  # what the training ended of is what counts
+                    _note_tracking(run, tracker, store)
+                    if complete and status == "FINISHED":
+                        run.note_closed(newest_update(run))
+                    run.request_stop(False)
             run_log.close_log()
     if outcome.stopped:
         raise UserError(
@@ -275,11 +279,13 @@ def _log_corpora(tracker: Tracker, mixture: Mixture) -> None:
             )
 
 
-def _note_tracking(run: RunDirectory, tracker: Tracker, store: Store) -> None:
-    """Notes where the run is in MLflow, as soon as the store has answered."""
-    if run_id := tracker.wait_for_run(0):
+def _note_tracking(run: RunDirectory, tracker: Tracker, store: Store) -> bool:
+    """Notes where the run is in MLflow, as soon as the store has answered; whether it has."""
+    run_id = tracker.wait_for_run(0)
+    if run_id:
         beside = store.artifact_location is not None
         run.store_tracking(None if beside else without_credentials(store.uri), run_id)
+    return bool(run_id)
 
 
 @contextlib.contextmanager
@@ -295,6 +301,7 @@ def _supervise(
     run: RunDirectory,
     recipe: Recipe,
     loop: Callable[[], Outcome],
+    lease: Lease,
     tracker: Tracker,
     store: Store,
     console: Console,
@@ -331,8 +338,11 @@ def _supervise(
         if on_points:
             on_points(points)
 
+    noted = False
+
     def track(*, last: bool = False) -> None:
-        _note_tracking(run, tracker, store)
+        nonlocal noted
+        noted = noted or _note_tracking(run, tracker, store)
         for manifest in complete_checkpoints(run if last else watched):
             # Its evaluation is in the spool before it is committed, and shown soon after.
             if manifest.update not in tracked and (manifest.update <= shown or last):
@@ -375,6 +385,7 @@ def _supervise(
         while not ended.is_set():
             try:
                 ended.wait(pause)
+                lease.check()
                 look()
             except KeyboardInterrupt:
                 if asked:
@@ -384,6 +395,7 @@ def _supervise(
                 with _outage_told(console):
                     run.request_stop(True)
         tracker.detach_spool()
+        look()  # what was logged at the very end
         with _outage_told(console):
             track(last=True)
     [outcome] = result

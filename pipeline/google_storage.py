@@ -44,6 +44,8 @@ def _connect(emulator: str, process: int) -> "GCSFileSystem":
     others = dict(_OTHER_CLIENTS)
     if emulator:
         others["TENSORSTORE_GCS_HTTP_URL"] = emulator
+        # Else it looks for credentials, in vain and with a complaint on the terminal.
+        others["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "none"
         # Else gcsfs, where Orbax imports it, asks the emulator for a gRPC service: 60 s a bucket.
         others["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
     for name, value in others.items():
