@@ -27,12 +27,15 @@ from jobs.lease import Fence, LeaseLostError
 from jobs.recipe import CheckpointConfig
 from jobs.retention import retire
 from jobs.run_directory import RunDirectory
+from jobs.store_faults import may_pass
 from pipeline.errors import CorpusError
 
 log = logging.getLogger("tvq.checkpoints")
 _LAST_TRIES = 3
-"""How often the state at the end of a training is saved before the training fails of it."""
+"""How often the state at the end of a training is saved before the training fails of it; where an
+outage may pass, as often as there is time for."""
 _LAST_PAUSE_SECONDS = 5.0
+_LONGEST_PAUSE_SECONDS = 40.0
 _PATIENCE_SECONDS = 1800.0
 """How long a save is waited for at most where it must be waited for."""
 _SAY_EVERY_SECONDS = 60.0
@@ -87,6 +90,7 @@ class CheckpointWriter:
         self._begun = 0.0
         self._lost: LeaseLostError | None = None
         self._failed = False
+        self._may_pass = False
         self._reason = ""
         self._figures: dict[str, float] = {"checkpoint/skipped": 0, "checkpoint/failed": 0}
 
@@ -127,18 +131,28 @@ class CheckpointWriter:
             )  # fmt: skip
             return
         position = _Position(update, next_batch, tokens, dict(metrics or {}), time.time())
+        self.wait()
+        self._begin(state, position)
+        if last:
+            self._until_stored(state, position)
+
+    def _until_stored(self, state: Any, position: _Position) -> None:
+        """Waits for the save that was begun, and tries again, within the limits."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        for left in reversed(range(_LAST_TRIES if last else 1)):
+        pause, tries = _LAST_PAUSE_SECONDS, 1
+        while True:
             self.wait(deadline)
+            late = time.monotonic() + pause > deadline
+            failed, passing, late = _any_host(self._failed, self._may_pass, late)
+            if not failed:
+                return
+            if late or (tries >= _LAST_TRIES and not passing):
+                reason = self._reason or "the log of another host says why"
+                raise self._not_stored(position.update, reason)
+            log.warning("checkpoint at update %d is saved again in %.0f s", position.update, pause)
+            time.sleep(pause)
+            pause, tries = min(2 * pause, _LONGEST_PAUSE_SECONDS), tries + 1
             self._begin(state, position)
-            if not last:
-                return
-            self.wait(deadline)
-            if not _any_host(self._failed)[0]:
-                return
-            if left:
-                time.sleep(_LAST_PAUSE_SECONDS)
-        raise self._not_stored(update, self._reason or "the log of another host says why")
 
     def figures(self) -> dict[str, float]:
         """Saves skipped and failed so far, and how far the store lags behind, by metric.
@@ -194,7 +208,8 @@ class CheckpointWriter:
         )
 
     def _begin(self, state: Any, position: _Position) -> None:
-        self._failed, self._begun, self._saving = False, position.begun, position.update
+        self._failed, self._may_pass = False, False
+        self._begun, self._saving = position.begun, position.update
         self._saves += 1
         store = checkpoint_store(self._run, position.update)
         # Never written to before: what a killed save left, or what a group that was taken for dead
@@ -263,7 +278,7 @@ class CheckpointWriter:
         except LeaseLostError as error:
             self._lost = error
         except Exception as error:  # Orbax, tensorstore and gcsfs each raise their own
-            self._failed = True
+            self._failed, self._may_pass = True, may_pass(error)
             self._reason = f"{error}".partition("\n")[0][:300]
             self._figures["checkpoint/failed"] += 1
             log.warning(

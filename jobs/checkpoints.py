@@ -6,7 +6,6 @@ leaf's bits, which does not depend on the mesh, and the length of every file.
 
 import contextlib
 import logging
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,9 +28,10 @@ from jobs.errors import UserError
 from jobs.lease import LeaseLostError
 from jobs.recipe import from_yaml
 from jobs.run_directory import RunDirectory
+from jobs.store_faults import may_pass, of_the_store
 from model.sharding import abstract_state, make_mesh
 from model.training import initial_state
-from pipeline.errors import CorpusError
+from pipeline.errors import CorpusError, PassingFaultError
 from pipeline.storage import Store, is_url
 
 log = logging.getLogger("tvq.checkpoints")
@@ -200,19 +200,13 @@ def _read_state(folder: str, abstract_state: Any) -> Any:
         return orbax.restore(folder, args=ocp.args.StandardRestore(abstract_state))
     except Exception as error:  # Orbax, tensorstore and zstd each raise their own
         said = " ".join(f"{error!r}".split())[:300]
-        if is_url(folder) and _OF_THE_STORE.search(said):
+        if is_url(folder) and of_the_store(error):
             # No damage: to go back to the checkpoint before would lose work for an outage.
-            raise CorpusError(f"{folder}: the store does not let it be read: {said}") from error
+            kind = PassingFaultError if may_pass(error) else CorpusError
+            raise kind(f"{folder}: the store does not let it be read: {said}") from error
         raise DamagedCheckpointError(f"{folder}: cannot be read: {said}") from error
     finally:
         orbax.close()
-
-
-_OF_THE_STORE = re.compile(
-    r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED"
-    r"|Forbidden|HttpError|Timeout|ClientError|ClientConnector|ServerDisconnected|ConnectionReset"
-)
-"""What tensorstore and gcsfs call a store that does not answer as it should."""
 
 
 def signatures(state: Any) -> dict[str, str]:

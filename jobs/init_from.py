@@ -15,14 +15,8 @@ from jobs.errors import UserError
 from jobs.exported_file import is_exported_file, read_exported
 from jobs.recipe import Recipe
 from jobs.run_directory import Origin, RunDirectory
+from model.config import ModelConfig
 from pipeline.storage import Location, is_url, open_store
-
-SHAPING = (
-    "vocab_size", "n_layers", "d_model", "d_feed_forward", "n_heads", "kv_heads", "d_key",
-    "d_value", "quantized_keys", "n_codes", "absolute_positions", "tied_embeddings", "output_norm",
-    "dtype",
-)  # fmt: skip
-"""What of a `ModelConfig` decides which parameters and codebooks there are, and their shapes."""
 
 
 def settle(recipe: Recipe, stored: Recipe | None, root: Location) -> Recipe:
@@ -63,11 +57,11 @@ def look_up(recipe: Recipe, root: Location) -> tuple[Recipe, Origin | None]:
         theirs = recipes.from_yaml(manifest.recipe, f"the recipe of {place}")
         origin = Origin(place, record.run_key, manifest.update, network_sums(manifest.sums))
         settled = _with_source(recipe, f"{place}@{manifest.update}")
+    pairs = zip(shaping(theirs.model).items(), shaping(recipe.model).values(), strict=True)
     differences = [
-        f"model.{name.replace('kv_heads', 'n_kv_heads')}:"
-        f" {getattr(theirs.model, name)} there, {getattr(recipe.model, name)} here"
-        for name in SHAPING
-        if getattr(theirs.model, name) != getattr(recipe.model, name)
+        f"model.{name}: {there} there, {here} here"
+        for (name, there), here in pairs
+        if there != here
     ]
     if differences:
         raise UserError(
@@ -75,6 +69,19 @@ def look_up(recipe: Recipe, root: Location) -> tuple[Recipe, Origin | None]:
             " set these fields to its values, or begin with the parameters of another run"
         )
     return settled, origin
+
+
+def shaping(model: ModelConfig) -> dict[str, Any]:
+    """What decides which parameters and codebooks there are and their shapes, by field."""
+    fields = (
+        "vocab_size", "n_layers", "d_model", "d_feed_forward", "n_heads", "d_key", "d_value",
+        "quantized_keys", "n_codes", "absolute_positions", "tied_embeddings", "output_norm",
+    )  # fmt: skip
+    return {
+        **{name: getattr(model, name) for name in fields},
+        "n_kv_heads": model.kv_heads,
+        "dtype": "float64" if model.dtype == "float64" else "float32 or bfloat16",
+    }
 
 
 def first_state(run: RunDirectory, recipe: Recipe, abstract: Any) -> Any:
