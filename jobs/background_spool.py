@@ -51,7 +51,7 @@ class BackgroundSpool(MetricSpool):
                 super().append(point)
             super().flush()
 
-    def close(self, limit_s: float = 120.0) -> None:
+    def close(self, limit_s: float = 600.0) -> None:
         """Stores what is left, within the limit, and ends the thread.
 
         Raises:

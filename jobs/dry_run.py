@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jobs import init_from
 from jobs import recipe as recipes
 from jobs.accelerators import devices_per_worker
 from jobs.checkpoint_manifest import newest_update
@@ -34,6 +35,8 @@ def dry_run(
     recipe = settled(run, recipe, stated)
     if record := run.record():
         refuse_other_corpus(run, record, mixture)
+    else:
+        recipe, _ = init_from.look_up(recipe, run.root)
     plan = _plan(run, recipe, mixture)
     if as_json:
         console.json(plan)

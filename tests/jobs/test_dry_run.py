@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs import recipe as recipes
-from jobs.checkpoint_manifest import CheckpointManifest, write
+from jobs.checkpoint_manifest import CheckpointManifest, commit
 from jobs.cli import run_cli
 from jobs.run_directory import RunDirectory
 from pipeline.manifest import Manifest
@@ -68,7 +68,7 @@ def test_of_a_run_that_exists_it_tells_how_it_would_go_on(
     run = RunDirectory.at("runs", "micro")
     run.claim(recipes.identity(recipe), prints, recipes.to_yaml(recipe))
     assert "runs/micro: would begin anew: it has no checkpoint" in dry(capsys)
-    write(run, CheckpointManifest(2, 12, 6, "", 1, {}, {}, {}, {}))
+    commit(run, CheckpointManifest(2, 12, 6, "", 1, {}, {}, {}, {}), lambda: None)
     assert "runs/micro: would resume from the checkpoint at update 12" in dry(capsys)
     assert "already finished at update 12" in dry(
         capsys, "training.steps=12", "training.evaluate_every=12"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.checkpoint_manifest import CheckpointManifest, write
+from jobs.checkpoint_manifest import CheckpointManifest, commit
 from jobs.metric_spool import MetricPoint, MetricSpool
 from jobs.ray_metrics import GAUGES, RayMetrics
 from jobs.ray_session import ray_session
@@ -25,7 +25,7 @@ def test_gauges_are_exported_by_ray(tmp_path: Path):
     run = RunDirectory.at(tmp_path, "a-run")
     run.claim("identity", {}, "recipe")
     taken = time.time() - 1000
-    write(run, CheckpointManifest(2, 4, 1, "", 1, {}, {}, {}, {}, created=taken))
+    commit(run, CheckpointManifest(2, 4, 1, "", 1, {}, {}, {}, {}, created=taken), lambda: None)
     spool = MetricSpool(run.metrics)
     for step in (1, 2):
         spool.append(MetricPoint(step, 1, 1, {"train/loss_nats_per_token": 2.0}))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs import run_log
-from jobs.checkpoint_manifest import CheckpointManifest, write
+from jobs.checkpoint_manifest import CheckpointManifest, commit
 from jobs.cli import run_cli
 from jobs.garbage import find_garbage, remove_garbage
 from jobs.lease import Lease
@@ -38,7 +38,11 @@ def checkpoint(run: RunDirectory, update: int, *, complete: bool = True) -> None
     state.mkdir(parents=True)
     (state / "array").write_bytes(bytes(1000))
     if complete:
-        write(run, CheckpointManifest(2, update, 1, "recipe", 1, {}, {}, {}, {"array": 1000}))
+        commit(
+            run,
+            CheckpointManifest(2, update, 1, "recipe", 1, {}, {}, {}, {"array": 1000}),
+            lambda: None,
+        )
 
 
 def old(path: Path, hours: float) -> None:
