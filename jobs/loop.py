@@ -75,6 +75,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
     fence = Fence(run, settings.lease_owner)
     if primary:
         fence.raise_over_others()
+    run_log.event("restore start")
     with goodput.phase("start"):
         restored = restore_newest(run, abstract)
         if restored:
@@ -171,6 +172,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
         Of a mixture, also each corpus's; in the figures over all of them, a corpus counts by the
         size of its split, as if the whole of it had been covered.
         """
+        run_log.event("evaluation start", update=update)
         losses, splits = [], mixture.splits("validation")
         for corpus in mixture.corpora:
             nats, targets = 0.0, 0
@@ -203,6 +205,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
         if len(splits) > 1:
             for corpus, bits in zip(mixture.corpora, bits_each, strict=True):
                 values[f"eval/{corpus.name}/bits_per_byte"] = bits
+        run_log.event("evaluation end", update=update)
         return values
 
     # ---- Fall back: nothing could be applied for long, so the state itself may be spoiled --------
