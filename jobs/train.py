@@ -109,9 +109,10 @@ def train(
         except KeyboardInterrupt:
             status, patience = "KILLED", 5.0
             raise
+        except UserError as error:
+            status = "KILLED" if error.code is ExitCode.PREEMPTED else status
+            raise
         finally:
-            if stops.overdue:
-                status = "KILLED"
             patience = 5.0 if stops.terminated else patience
             complete = tracker.finish(status, patience)
             _note_tracking(run, tracker, store)

@@ -47,13 +47,15 @@ class Place:
 
     def announce(self, node: Any, seconds: float) -> None:
         """Says that the node is taken away in so many seconds, as a cloud does."""
-        import ray
+        import ray._private.worker
         from ray.core.generated import autoscaler_pb2
 
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        # Unknown to the type checker.
+        reasons: Any = autoscaler_pb2
+        worker: Any = ray._private.worker.global_worker
+        reason = reasons.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         deadline = int((time.time() + seconds) * 1000)
-        gcs = ray._private.worker.global_worker.gcs_client
-        assert gcs.drain_node(node.node_id, reason, "spot reclaim", deadline)
+        assert worker.gcs_client.drain_node(node.node_id, reason, "spot reclaim", deadline)
 
     def wait(self, what: str, condition: Callable[[], Any]) -> None:
         deadline = time.monotonic() + 300
