@@ -68,6 +68,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
     with failing_together(run.location):
         if primary:
             fence.raise_over_others()
+    run_log.event("restore start")
     restored = restore_newest(run, programs.abstract)
     if restored:
         state, checkpoint = restored
@@ -166,7 +167,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
             scores = None
             if last or update % training.evaluate_every == 0:
                 measure = goodput.phase("evaluation")(validation.measure)
-                scores = recorder.evaluation(update, partial(measure, state))
+                scores = recorder.evaluation(update, partial(measure, state, update))
             if last or stopped or update % recipe.checkpoint.every == 0:
                 recorder.flush()
                 # While updates are skipped, the state may be what they are skipped for.

@@ -4,9 +4,12 @@ import contextlib
 import logging
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
+
+from jobs.errors import UserError
 
 log = logging.getLogger("tvq.ray")
 _QUIET = {
@@ -29,6 +32,7 @@ _ON_LOOPBACK = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _OBJECT_STORE_BYTES = 200 * 2**20
+_ANSWER_SECONDS = 10
 
 
 @contextlib.contextmanager
@@ -39,6 +43,9 @@ def ray_session(address: str | None, *, cpus: int) -> Iterator[None]:
         address: of a running cluster; None takes RAY_ADDRESS, else starts one bound to loopback.
         cpus: the least number of CPUs that a cluster started here offers, counted, not measured:
             two workers run on a machine of one core too.
+
+    Raises:
+        UserError: no cluster answers at the address.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     # Ray reads them when it is imported.
@@ -50,6 +57,7 @@ def ray_session(address: str | None, *, cpus: int) -> Iterator[None]:
         yield
         return
     if address:
+        _check_answers(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
@@ -70,6 +78,21 @@ def ray_session(address: str | None, *, cpus: int) -> Iterator[None]:
     finally:
         ray.shutdown()
         ray_worker.print_worker_logs = printer
+
+
+def _check_answers(address: str) -> None:
+    # Ray itself tries for more than two minutes (ray 2.60), and then ends the process.
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # "auto"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"cluster.address: no Ray cluster answers at {address} ({error}); check the address"
+            " (also RAY_ADDRESS) and that its head node runs, or set it to null for a cluster of"
+            " this command's own"
+        ) from None
 
 
 def _quoted_python() -> dict[str, str] | None:

@@ -121,9 +121,10 @@ def train(
         except LeaseLostError:
             status = None  # all that follows is the new holder's to do
             raise
+        except UserError as error:
+            status = "KILLED" if error.code is ExitCode.PREEMPTED else status
+            raise
         finally:
-            if stops.overdue:
-                status = status and "KILLED"
             patience = 5.0 if stops.terminated else patience
             if status:
                 complete = tracker.finish(status, patience)

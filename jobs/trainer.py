@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jobs import accelerators
-from jobs.checkpoint_manifest import newest_update
+from jobs.checkpoint_manifest import complete_checkpoints, newest_update
 from jobs.errors import ExitCode, UserError
 from jobs.loop_contract import LoopSettings, Outcome
 from jobs.ray_session import ray_session
@@ -68,8 +68,9 @@ def run_loop(run: RunDirectory, recipe: Recipe, lease_owner: str) -> Outcome:
                     failed_starts = 0
                 elif not error.starting or failed_starts == cluster.max_restarts:
                     raise UserError(
-                        f"run {run.name}: training failed: {error}; details in {run.logs};"
-                        " the same command resumes from the last checkpoint",
+                        f"run {run.name}: training failed in batch {_next_batch(run)} or behind:"
+                        f" {error}; details in {run.logs}; the same command resumes from the last"
+                        " checkpoint",
                         ExitCode.FAILED,
                     ) from None
                 failed_starts += error.starting
@@ -169,6 +170,11 @@ def on_workers(
         raise WorkersLostError(_first_cause(error), starting=True) from None
     finally:
         shutil.rmtree(records, ignore_errors=True)
+
+
+def _next_batch(run: RunDirectory) -> int:
+    """The batch that a group begins with."""
+    return max((manifest.next_batch for manifest in complete_checkpoints(run)), default=0)
 
 
 def _first_cause(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jobs import run_log
 from jobs.global_batch import GlobalBatch
 from jobs.recipe import Recipe
 from jobs.units import bits_per_byte, targets_of
@@ -34,8 +35,9 @@ class Validation:
         self._layout = layout
         self._evaluate = evaluate
 
-    def measure(self, state: Any) -> dict[str, float]:
-        """The metrics of the state; called by every process of the mesh."""
+    def measure(self, state: Any, update: int) -> dict[str, float]:
+        """The metrics of the state after `update`; called by every process of the mesh."""
+        run_log.event("evaluation start", update=update)
         window, splits = self._recipe.data.window, self._mixture.splits("validation")
         losses = [self._loss(state, corpus.path) for corpus in self._mixture.corpora]
         targets = [targets_of(split, window) for split in splits]
@@ -50,6 +52,7 @@ class Validation:
         if len(splits) > 1:
             for corpus, each in zip(self._mixture.corpora, bits, strict=True):
                 values[f"eval/{corpus.name}/bits_per_byte"] = each
+        run_log.event("evaluation end", update=update)
         return values
 
     def _loss(self, state: Any, corpus: Any) -> float:

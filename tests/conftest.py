@@ -14,9 +14,9 @@ jaxtyping.install_import_hook("model", "beartype.beartype")
 # XLA reads its flags once, when the devices are first asked for: what tests start later does not
 # inherit them. Compilation is what the tests of the model spend their time on: no optimisation
 # halves it. A test that starts pytest with flags of its own keeps them.
-_FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-_FLAGS = os.environ.get("XLA_FLAGS", _FLAGS)
-with mock.patch.dict(os.environ, {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _FLAGS}):
+XLA_FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+XLA_FLAGS = os.environ.get("XLA_FLAGS", XLA_FLAGS)
+with mock.patch.dict(os.environ, {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}):
     import jax
 
     jax.devices()

@@ -55,7 +55,8 @@ def test_worker(fields, reserved, devices, platforms):
         "OMP_NUM_THREADS": threads,
         "JAX_PLATFORMS": platforms,
     }
-    assert environment(config, {"XLA_FLAGS": "--a"})["XLA_FLAGS"] == "--a"
+    given = {"XLA_FLAGS": "--a", "JAX_ENABLE_X64": "1"}
+    assert environment(config, given).items() >= given.items()
 
 
 # ---- Joining a mesh ------------------------------------------------------------------------------
@@ -179,6 +180,9 @@ def test_slices_that_are_not_whole_are_refused(names):
         {"workers": 8, "data": 2, "fsdp": 4, "tensor": 4} | V5E,
         {"workers": 1} | V5E | {"topology": "2x4"},
         {"workers": 0, "fsdp": 3},
+        {"workers": (1, 5)},
+        {"workers": (2, 6), "devices_per_worker": 4, "fsdp": 2, "tensor": 2},
+        {"workers": (4, 12), "fsdp": 16} | V5E,
     ],
 )
 def test_possible(fields):
@@ -203,6 +207,10 @@ def test_possible(fields):
         (V5E | {"workers": 4, "fsdp": 3}, "cluster.workers: each brings 4 devices, .* make 16"),
         ({"workers": 3, "fsdp": 2}, "cluster.workers: each brings one device, .* make 3;"),
         ({"workers": 2, "data": 1}, "cluster.workers: each brings one device"),
+        ({"workers": (3, 2)}, r"cluster.workers: \[least, most\], got \[3, 2\]"),
+        ({"workers": (1, 2), "data": 2}, "cluster.data: must be -1 with cluster.workers="),
+        ({"workers": (2, 4), "fsdp": 2}, "cluster.workers: .* adds and loses 1 devices at a time"),
+        (V5E | {"workers": (4, 6)}, "cluster.workers: a v5e slice of 4x4 .* got 6"),
         (
             {"workers": 2, "accelerator": "gpu", "devices_per_worker": 3, "tensor": 4},
             "cluster.workers: each brings 3 devices",

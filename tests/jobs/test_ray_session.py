@@ -1,10 +1,14 @@
 """Ray where users have it: in a folder with spaces, and for nobody else to reach."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from jobs.errors import UserError
+from jobs.ray_session import ray_session
 
 PROGRAM = """
 from jobs.ray_session import ray_session
@@ -34,3 +38,14 @@ def test_worker_with_its_own_environment_starts_in_a_path_with_spaces(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.split() == ["set", "127.0.0.1"]
+
+
+def test_address_at_which_nothing_answers_is_told_at_once():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"  # bound, and nobody listens
+        with (
+            pytest.raises(UserError, match=rf"no Ray cluster answers at {address} "),
+            ray_session(address, cpus=1),
+        ):
+            pass

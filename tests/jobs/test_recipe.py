@@ -349,6 +349,8 @@ def test_a_recipe_file_states_only_what_differs(tmp_path: Path):
         (["data.sequence_length=0"], "data.sequence_length: must be at least 1"),
         (["data.shuffle_span=0"], "data.shuffle_span: must be at least 1, got 0"),
         (["cluster.workers=-1"], "cluster.workers: must be at least 0"),
+        (["cluster.workers=[0,2]"], "cluster.workers: must be at least 1"),
+        (["cluster.workers=[2,1]"], r"cluster.workers: \[least, most\]"),
         (["cluster.data=0"], "cluster.data: must be at least 1, or -1"),
         (["cluster.fsdp=3"], "cluster.workers: each brings one device"),
         (["cluster.data=1"], "cluster.workers: each brings one device"),
@@ -510,3 +512,10 @@ def test_the_field_reference_tells_what_the_sources_say():
         assert len(text) > 15, name
         assert operational == (name in OPERATIONAL), name
         assert default == recipes.flatten(Recipe())[name], name
+
+
+def test_a_range_of_workers_is_kept_and_operational():
+    recipe = recipes.load("tiny", ("cluster.workers=[1,3]",))
+    assert (recipe.cluster.least_workers, recipe.cluster.most_workers) == (1, 3)
+    assert recipes.from_yaml(recipes.to_yaml(recipe), "test") == recipe
+    assert recipes.identity(recipe) == recipes.identity(recipes.load("tiny"))

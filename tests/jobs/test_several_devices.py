@@ -30,8 +30,16 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **changes}
 
 
-def test_on_four_devices():
-    """Runs the tests of `on_four_devices.py`."""
+@pytest.mark.parametrize(
+    "program",
+    [
+        "on_four_devices.py",
+        pytest.param("training_on_four_devices.py", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.timeout(600)
+def test_on_four_devices(program: str):
+    """Runs the tests of the program."""
     # The second halves the time of compilation, which is most of it.
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     ended = subprocess.run(
@@ -42,7 +50,7 @@ def test_on_four_devices():
             "-q",
             "-p",
             "no:cacheprovider",
-            HERE / "on_four_devices.py",
+            HERE / program,
         ],
         cwd=ROOT,
         env=environment(XLA_FLAGS=flags),
