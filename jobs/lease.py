@@ -24,8 +24,11 @@ from pipeline.storage import Store
 log = logging.getLogger("tvq.lease")
 
 
-class LeaseLostError(RuntimeError):
+class LeaseLostError(UserError):
     """Another driver or worker group took the run over: this one must not write any more."""
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.BUSY):
+        super().__init__(message, code)
 
 
 class Lease:
@@ -36,7 +39,7 @@ class Lease:
     first creates `leases/<owner before>.json`, which one of many can, and which stays: an owner
     that was superseded never holds the run again, even if it wakes up in the middle of a renewal
     and overwrites `lease.json`. Before every commit the holder (or a worker acting for it) reads
-    both: whoever lost the lease stops.
+    both: whoever lost the lease stops. So does a driver whose renewal finds it gone (`is_lost`).
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Lease:
         self._renew_seconds = renew_seconds
         self._expire_seconds = expire_seconds
         self._stop = threading.Event()
+        self._lost = threading.Event()
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
@@ -102,10 +106,21 @@ class Lease:
         while not self._stop.wait(self._renew_seconds):
             try:
                 if (_holder(self._store) or {}).get("owner") != self.owner:
+                    self._lost.set()
                     return
                 self._store.write("lease.json", self._fields())
             except CorpusError as error:  # a full disk, a store that is not well: it may pass
                 log.warning("the lease of run %s was not renewed: %s", self._name, error)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another driver is known to have taken the run over: this one must end."""
+        return self._lost.is_set()
+
+    def check(self) -> None:
+        """Raises LeaseLostError if another driver has taken the run over, as far as is known."""
+        if self.is_lost:
+            raise LeaseLostError(f"run {self._name}: another driver has taken the run over")
 
     def _give_back(self) -> None:
         try:
@@ -172,9 +187,16 @@ def _successor(owner: str) -> str:
 
 def _read(store: Store, name: str) -> dict[str, Any] | None:
     try:
-        return json.loads(store.read(name))
+        fields = json.loads(store.read(name))
+        if isinstance(fields, dict):
+            return fields
     except FileNotFoundError:
         return None
+    except ValueError:
+        pass
+    raise UserError(
+        f"{store.location}/{name}: damaged; remove it if no training of this run is going on"
+    )
 
 
 def _json(fields: dict[str, Any]) -> bytes:

@@ -13,13 +13,14 @@ from jobs import run_log
 from jobs.background_spool import BackgroundSpool
 from jobs.batch_inspection import documents_of_batch
 from jobs.checkpoint_writer import CheckpointWriter
-from jobs.checkpoints import restore_newest
+from jobs.checkpoints import failing_together, restore_newest
 from jobs.codebook_watch import CodebookWatch
 from jobs.compile_cache import use_compile_cache
 from jobs.fallback import Fallback
 from jobs.global_batch import GlobalBatch
 from jobs.goodput import Goodput
 from jobs.host_memory import keep_freed_memory
+from jobs.init_from import first_state
 from jobs.lease import Fence
 from jobs.ledger import Ledger
 from jobs.loop_contract import LoopSettings, Outcome
@@ -46,7 +47,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
         settings: the same in every process.
         notice: what this process has been told, asked once a batch.
     """
-    recipe, run = settings.recipe, RunDirectory(settings.run)
+    recipe, run = settings.recipe, RunDirectory(settings.run, patient=True)
     training = recipe.training
     primary = jax.process_index() == 0
     run_log.open_log(run.logs, f"rank-{jax.process_index()}")
@@ -64,14 +65,16 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
 
     # ---- State: sharded from the first moment, or the newest intact checkpoint ------------------
     fence = Fence(run, settings.lease_owner)
-    if primary:
-        fence.raise_over_others()
+    with failing_together(run.location):
+        if primary:
+            fence.raise_over_others()
     restored = restore_newest(run, programs.abstract)
     if restored:
         state, checkpoint = restored
         update, next_batch, tokens = checkpoint.update, checkpoint.next_batch, checkpoint.tokens
     else:
-        state = programs.create()
+        began_from = training.init_from
+        state = first_state(run, recipe, programs.abstract) if began_from else programs.create()
         update, next_batch, tokens = 0, 0, 0
 
     # ---- Data: batch n is a function of n; each host reads the rows that its devices hold -------
@@ -137,7 +140,8 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
             flags = layout.flag(stop)
             profile.before(update, recipe.updates_per_batch, state)
             with calling, profile.step(update + recipe.updates_per_batch):
-                if update == 0 and recipe.model.kmeans_iterations:
+                random = update == 0 and not training.init_from
+                if random and recipe.model.kmeans_iterations:
                     state = programs.start_codebooks(state, batch)
                 state, metrics, flags = programs.step(state, batch, flags)
             calling = contextlib.nullcontext()

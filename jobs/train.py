@@ -1,18 +1,19 @@
 """`tvq train`: begins a run, or goes on with it, and tracks it to its end."""
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs import init_from, run_log
 from jobs import recipe as recipes
-from jobs import run_log
 from jobs.checkpoint_manifest import checkpoint_store, complete_checkpoints, newest_update
 from jobs.console import Console
 from jobs.errors import ExitCode, UserError
-from jobs.lease import Lease
+from jobs.lease import Lease, LeaseLostError
 from jobs.loop_contract import Outcome
 from jobs.metric_spool import MetricPoint
 from jobs.recipe import Recipe
@@ -22,10 +23,15 @@ from jobs.tracking.store import Store, embedded_store, without_credentials
 from jobs.tracking.tracker import Tracker
 from jobs.trainer import run_loop
 from model.counts import flops_per_token, parameter_count
+from pipeline.errors import CorpusError
 from pipeline.manifest import SPLITS
 from pipeline.mixture import Mixture
 from pipeline.shards import check_length
 from pipeline.storage import Location, is_url, open_store
+
+_LOOK_SECONDS = 0.5
+_LOOK_STORE_SECONDS = 2.0
+"""Between two looks at a run in an object store, where each is paid for."""
 
 
 class Trained(NamedTuple):
@@ -79,6 +85,7 @@ def train(
         console.line(f"resuming from the checkpoint at update {done}")
 
     with Lease(run).held() as lease:
+        run = RunDirectory(run.location, patient=True)
         run_log.open_log(run.logs, "driver")
         store = store_of(recipe, run.root)
         tracker = Tracker.start(
@@ -104,20 +111,27 @@ def train(
                 return run_loop(run, recipe, lease.owner)
 
             with stops.heard():
-                outcome = _supervise(run, recipe, loop, tracker, store, console, stops, on_points)
+                outcome = _supervise(
+                    run, recipe, loop, lease, tracker, store, console, stops, on_points
+                )
             status = "KILLED" if outcome.stopped else "FINISHED"
         except KeyboardInterrupt:
             status, patience = "KILLED", 5.0
             raise
+        except LeaseLostError:
+            status = None  # all that follows is the new holder's to do
+            raise
         finally:
             if stops.overdue:
-                status = "KILLED"
+                status = status and "KILLED"
             patience = 5.0 if stops.terminated else patience
-            complete = tracker.finish(status, patience)
-            _note_tracking(run, tracker, store)
-            if complete and status == "FINISHED":
-                run.note_closed(newest_update(run))
-            run.request_stop(False)
+            if status:
+                complete = tracker.finish(status, patience)
+                with _outage_told(console):  # what the training ended of is what counts
+                    _note_tracking(run, tracker, store)
+                    if complete and status == "FINISHED":
+                        run.note_closed(newest_update(run))
+                    run.request_stop(False)
             run_log.close_log()
     if outcome.stopped:
         raise UserError(
@@ -194,7 +208,7 @@ def settled(run: RunDirectory, recipe: Recipe, stated: frozenset[str] | None) ->
     stored = None
     if run.record():
         stored = recipes.from_yaml(run.recipe_text(), f"{run.location}/recipe.yaml")
-    recipe = recipes.resolve(recipe, stored)
+    recipe = init_from.settle(recipes.resolve(recipe, stored), stored, run.root)
     if not stored:
         return recipe
     changes = recipes.difference(recipe, stored, mathematical_only=True, only=stated)
@@ -212,9 +226,11 @@ def _begin_or_resume(
 ) -> tuple[Recipe, RunRecord]:
     """The recipe to train by, and who the run is."""
     stored = run.record() is not None
-    recipe = settled(run, recipe, stated)
+    recipe, origin = settled(run, recipe, stated), None
+    if not stored:
+        recipe, origin = init_from.look_up(recipe, run.root)
     fingerprints = {split: mixture.fingerprint(split) for split in SPLITS}
-    record = run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe))
+    record = run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe), origin)
     if not stored and record.identity != recipes.identity(recipe):
         raise UserError(
             f"run {run.name}: was begun this moment by another process with other mathematics;"
@@ -295,17 +311,29 @@ def _log_corpora(tracker: Tracker, mixture: Mixture) -> None:
             )
 
 
-def _note_tracking(run: RunDirectory, tracker: Tracker, store: Store) -> None:
-    """Notes where the run is in MLflow, as soon as the store has answered."""
-    if run_id := tracker.wait_for_run(0):
+def _note_tracking(run: RunDirectory, tracker: Tracker, store: Store) -> bool:
+    """Notes where the run is in MLflow, as soon as the store has answered; whether it has."""
+    run_id = tracker.wait_for_run(0)
+    if run_id:
         beside = store.artifact_location is not None
         run.store_tracking(None if beside else without_credentials(store.uri), run_id)
+    return bool(run_id)
+
+
+@contextlib.contextmanager
+def _outage_told(console: Console) -> Iterator[None]:
+    """Warns of a store that does not do as it is asked; the training goes on or ends as it did."""
+    try:
+        yield
+    except CorpusError as error:
+        console.warning(str(error))
 
 
 def _supervise(
     run: RunDirectory,
     recipe: Recipe,
     loop: Callable[[], Outcome],
+    lease: Lease,
     tracker: Tracker,
     store: Store,
     console: Console,
@@ -343,26 +371,52 @@ def _supervise(
         if on_points:
             on_points(points)
 
+    noted = False
+
     def track(*, last: bool = False) -> None:
-        _note_tracking(run, tracker, store)
-        for manifest in complete_checkpoints(run):
+        nonlocal noted
+        noted = noted or _note_tracking(run, tracker, store)
+        for manifest in complete_checkpoints(run if last else watched):
             # Its evaluation is in the spool before it is committed, and shown soon after.
             if manifest.update not in tracked and (manifest.update <= shown or last):
-                tracked.add(manifest.update)
                 where = checkpoint_store(run, manifest.update).location
                 uri = where if is_url(where) else Path(where).as_uri()
                 metrics = evaluations.get(manifest.update, {})
                 tracker.log_checkpoint(manifest.update, uri, metrics)
+                tracked.add(manifest.update)
+
+    def look() -> None:
+        nonlocal groups, outage
+        try:
+            track()
+            lines = log.read()
+        except CorpusError as error:  # looked at again: nothing here is worth ending a training
+            if not outage:
+                console.warning(f"{error}; the training goes on")
+            outage = True
+            return
+        outage = False
+        for line in lines:
+            if line["level"] in ("WARNING", "ERROR"):
+                console.warning(line["message"])
+            elif line.get("event") == "state ready":
+                groups += 1
+                if groups > 1:
+                    console.line(
+                        f"the workers were started again; they go on after update {line['update']}"
+                    )
 
     log = run_log.LogTail(run.logs, "rank-0")
-    groups = 0
+    watched = RunDirectory(run.location)  # whose looks need not wait for a store
+    pause = _LOOK_STORE_SECONDS if is_url(run.location) else _LOOK_SECONDS
+    groups, outage = 0, False
     with console.training(recipe.training.steps) as progress:
         tracker.attach_spool(run.metrics, show)
         threading.Thread(target=work, name="training", daemon=True).start()
         # Not Thread.join: Ctrl-C during it makes Python 3.11 take the thread for dead.
         while not ended.is_set():
             try:
-                ended.wait(0.5)
+                ended.wait(pause)
                 if stops.overdue:
                     raise UserError(
                         f"run {run.name}: not saved within cluster.grace_seconds"
@@ -370,24 +424,19 @@ def _supervise(
                         f" the checkpoint at update {newest_update(run)}",
                         ExitCode.PREEMPTED,
                     )
-                track()
-                for line in log.read():
-                    if line["level"] in ("WARNING", "ERROR"):
-                        console.warning(line["message"])
-                    elif line.get("event") == "state ready":
-                        groups += 1
-                        if groups > 1:
-                            console.line(
-                                f"the workers were started again; they go on after update"
-                                f" {line['update']}"
-                            )
+                lease.check()
+                look()
             except KeyboardInterrupt:
                 if stops.interrupted:
                     raise
                 stops.interrupt()
                 console.line("Ctrl-C: saving at the next batch, then stopping (again: at once)")
+                with _outage_told(console):
+                    run.request_stop(True)
         tracker.detach_spool()
-        track(last=True)
+        look()  # what was logged at the very end
+        with _outage_told(console):
+            track(last=True)
     [outcome] = result
     if isinstance(outcome, BaseException):
         raise outcome

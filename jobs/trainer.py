@@ -11,7 +11,6 @@ from typing import Any
 from jobs import accelerators
 from jobs.checkpoint_manifest import newest_update
 from jobs.errors import ExitCode, UserError
-from jobs.lease import LeaseLostError
 from jobs.loop_contract import LoopSettings, Outcome
 from jobs.ray_session import ray_session
 from jobs.ray_worker import run_loop_in_worker
@@ -56,10 +55,7 @@ def run_loop(run: RunDirectory, recipe: Recipe, lease_owner: str) -> Outcome:
     if cluster.most_workers == 0:
         from jobs.loop import train
 
-        try:
-            return train(settings)
-        except LeaseLostError as error:
-            raise UserError(str(error), ExitCode.BUSY) from None
+        return train(settings)
     elastic = not isinstance(cluster.workers, int)
     failed_starts = 0
     with ray_session(cluster.address, cpus=cluster.most_workers * cluster.cpus_per_worker):

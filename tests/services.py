@@ -25,7 +25,7 @@ from typing import Literal
 import pytest
 
 Action = Literal[
-    "403", "429", "503",  # the store says so and does nothing
+    "403", "404", "429", "503",  # the store says so and does nothing
     "stall",              # it hears the request and never answers
     "stall-upload",       # it stops reading in the middle of what is sent
     "cut-upload",         # the connection ends in the middle of what is sent

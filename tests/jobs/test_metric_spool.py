@@ -17,6 +17,7 @@ from jobs.metric_spool import (
     read_segment,
     segments,
 )
+from pipeline.errors import CorpusError
 
 
 def point(step: int, value: float = 0.5) -> MetricPoint:
@@ -173,14 +174,16 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert points == [MetricPoint(step, step, step, {"a": step / 3}) for step in range(90)]
 
 
-def test_without_hard_links_a_segment_is_still_never_overwritten(folder: Path, monkeypatch):
+def test_without_hard_links_nothing_is_written_rather_than_overwritten(folder: Path, monkeypatch):
     def no_links(*_: object) -> None:
         raise PermissionError("this file system has no hard links")
 
     monkeypatch.setattr(os, "link", no_links)
-    first, second = MetricSpool(folder), MetricSpool(folder)
-    for step, spool in enumerate((first, second, first)):
-        spool.append(point(step))
+    spool = MetricSpool(folder)
+    spool.append(point(1))
+    with pytest.raises(CorpusError, match=r"00000001\.jsonl: cannot be written"):
         spool.flush()
-    assert [read_segment(folder, name).points[0].step for name in segments(folder)] == [0, 1, 2]
-    assert names(folder) == ["00000001.jsonl", "00000002.jsonl", "00000003.jsonl"]
+    assert names(folder) == []
+    monkeypatch.undo()
+    spool.flush()
+    assert names(folder) == ["00000001.jsonl"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,14 +15,18 @@ import pytest
 
 from jobs.checkpoint_manifest import (
     DamagedCheckpointError,
-    checkpoint_store,
+    arrays_store,
     complete_checkpoints,
     newest_update,
+    unfinished_updates,
 )
+from jobs.cli import run_cli
 from jobs.errors import UserError
 from jobs.lease import Fence, Lease, LeaseLostError
+from jobs.metric_spool import read_segment, segments
 from jobs.run_directory import RunDirectory, list_runs
 from jobs.run_log import LogTail, close_log, event, events, open_log
+from tests.jobs.trained_micro import train_micro
 from tests.micro import write_micro
 from tests.services import ObjectStoreServer
 
@@ -55,7 +60,7 @@ def start(workplace: Path, root: str, *overrides: str) -> subprocess.Popen[str]:
 
 
 def finished(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == code, output
     assert "Traceback" not in output, output
     return output
@@ -148,17 +153,66 @@ def test_logs_of_two_starts_are_one_file(bucket: str):
 
 
 @pytest.mark.tracking
-def test_trained_in_a_bucket_equals_trained_on_disk(
-    workplace: Path, undisturbed: dict[str, int], bucket: str
+@pytest.mark.compiles
+def test_begun_and_resumed_in_a_bucket_equals_trained_on_disk(
+    workplace: Path, bucket: str, capfd: pytest.CaptureFixture[str]
 ):
-    output = finished(start(workplace, f"{bucket}/runs"))
+    """In this process, for speed; what is killed and what fails has processes of its own below."""
+    fields = ("training.evaluate_every=8", "optimizer.schedule_steps=16")
+    expected = sums(train_micro(workplace, "whole", "training.steps=16", *fields))
+    root = f"{bucket}/runs"
+    train_micro(workplace, "first", "training.steps=8", *fields, root=root)
+    train = [
+        "train", str(workplace / "micro.yaml"), f"data.corpus={workplace / 'corpus'}", *fields,
+        "--root", root, "--run", "first", "training.steps=16",
+        f"tracking.uri=sqlite:///{workplace / 'mlflow.db'}",
+    ]  # fmt: skip
+    assert run_cli(train) == 0
+    said = capfd.readouterr()
+    assert "resuming from the checkpoint at update 8" in said.out
+    run = RunDirectory.at(root, "first")
+    assert f"checkpoints in {run.location}/checkpoints" in said.out
+    assert "checkpoint" not in said.err
+    assert sums(run) == expected
+    kept = complete_checkpoints(run)
+    assert [manifest.update for manifest in kept][-1] == STEPS
+    assert len(kept) <= 2
+    assert "eval/bits_per_byte" in kept[-1].metrics
+    assert unfinished_updates(run) == []
+    assert run_cli(train) == 0
+    assert "already finished" in capfd.readouterr().out
+
+
+@pytest.mark.tracking
+@pytest.mark.slow
+def test_while_an_upload_stalls_the_updates_go_on(
+    workplace: Path, undisturbed: dict[str, int], bucket: str, object_store: ObjectStoreServer
+):
+    """Nothing of a checkpoint is answered until the last update has been made."""
+    object_store.fault("stall", r"checkpoints(/|%2F)0000")
+    process = start(workplace, f"{bucket}/runs")
+    assert process.stdout is not None
+    said = ""
+    while "update 12 is skipped" not in said:  # or the test's time limit
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+    assert "checkpoint at update 8 is skipped: the one before is still being stored" in said
     run = RunDirectory.at(f"{bucket}/runs", "first")
-    assert f"{run.location}/checkpoints" in output
-    assert newest_update(run) == STEPS
+    # All updates are made and their points stored, and no checkpoint is.
+    points = [
+        point
+        for name in segments(run.metrics)
+        for point in read_segment(run.metrics, name).points
+    ]  # fmt: skip
+    sent = f"update {STEPS}/{STEPS}" in said or any(point.step >= 12 for point in points)
+    assert sent, (said, points)
+    object_store.mend()
+    assert newest_update(run) in (0, 4, 16)
+    output = finished(process)
+    assert "Traceback" not in output
     assert sums(run) == undisturbed
-    assert len(complete_checkpoints(run)) <= 2
-    assert "eval/bits_per_byte" in complete_checkpoints(run)[-1].metrics
-    assert "already finished" in finished(start(workplace, f"{bucket}/runs"))
+    assert [manifest.update for manifest in complete_checkpoints(run)][-1] == STEPS
 
 
 @pytest.mark.tracking
@@ -230,33 +284,60 @@ def test_refused_midway_the_training_ends_with_one_line_and_claims_nothing(
     ],
 )
 def test_a_bucket_that_cannot_be_used_is_one_line(
-    workplace: Path, bucket: str, object_store: ObjectStoreServer, case: str, said: str
+    workplace: Path,
+    bucket: str,
+    object_store: ObjectStoreServer,
+    case: str,
+    said: str,
+    capfd: pytest.CaptureFixture[str],
 ):
-    root, overrides = f"{bucket}/runs", []
+    root, tracking = f"{bucket}/runs", f"tracking.uri=sqlite:///{workplace / 'mlflow.db'}"
     if case == "wrong bucket":
         root = "gs://there-is-none/runs"
     elif case == "no permission":
         object_store.fault("403")
     else:
-        overrides = ["tracking.uri=null"]
-    output = finished(start(workplace, root, *overrides), code=2)
-    assert said in output
-    assert len([line for line in output.splitlines() if line.startswith("error")]) == 1
+        tracking = "tracking.uri=null"
+    train = ["train", str(workplace / "micro.yaml"), f"data.corpus={workplace / 'corpus'}"]
+    assert run_cli([*train, "--root", root, "--run", "first", tracking]) == 2
+    shown = capfd.readouterr()
+    errors = [line for line in shown.err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1, shown
+    assert said in errors[0]
+    assert "Traceback" not in shown.out + shown.err
 
 
 @pytest.mark.tracking
+@pytest.mark.slow
+def test_a_bucket_that_is_gone_midway_is_one_line_and_nothing_is_claimed(
+    workplace: Path, bucket: str, object_store: ObjectStoreServer
+):
+    process = start(workplace, f"{bucket}/runs", "training.steps=4000", "checkpoint.keep=9")
+    run = RunDirectory.at(f"{bucket}/runs", "first")
+    while newest_update(run) < 8:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    object_store.fault("404")
+    output = finished(process, code=4)
+    assert re.search(r"error.*the checkpoint at update 4000 could not be stored", output), output
+    assert len([line for line in output.splitlines() if line.startswith("error")]) == 1
+    object_store.mend()
+    assert 8 <= newest_update(run) < 4000
+
+
+@pytest.mark.compiles
 def test_exported_and_imported_the_parameters_are_the_same_to_the_bit(
-    workplace: Path, undisturbed: dict[str, int], bucket: str, capsys: pytest.CaptureFixture[str]
+    workplace: Path, bucket: str, capsys: pytest.CaptureFixture[str]
 ):
     import jax
 
-    from jobs.cli import run_cli
     from jobs.trained_model import load_trained_model
     from model.training import evaluation_step
     from pipeline.loader import evaluation_batches
 
     runs, file = str(workplace / "runs"), workplace / "model.safetensors"
-    export = ["checkpoints", "export", "first", "--root", runs, "--output", str(file)]
+    train_micro(workplace, "exported", "training.steps=4", "training.evaluate_every=4")
+    export = ["checkpoints", "export", "exported", "--root", runs, "--output", str(file)]
     assert run_cli(export) == 0
     assert run_cli(export) == 2
     assert "is there already" in capsys.readouterr().err
@@ -266,7 +347,7 @@ def test_exported_and_imported_the_parameters_are_the_same_to_the_bit(
     assert "exists already" in capsys.readouterr().err
     assert run_cli(["checkpoints", "verify", "copy", "--root", f"{bucket}/runs"]) == 0
 
-    model = load_trained_model(RunDirectory.at(runs, "first"))
+    model = load_trained_model(RunDirectory.at(runs, "exported"))
     copy = load_trained_model(RunDirectory.at(f"{bucket}/runs", "copy"))
     batch = next(
         iter(
@@ -279,13 +360,19 @@ def test_exported_and_imported_the_parameters_are_the_same_to_the_bit(
         ))
         for one in (model, copy)
     ]  # fmt: skip
-    assert copy.update == model.update == STEPS
+    assert copy.update == model.update == 4
     assert nats[0].tobytes() == nats[1].tobytes()
     harmed = file.read_bytes()[:-8]
     (workplace / "short.safetensors").write_bytes(harmed)
     again = ["checkpoints", "import", str(workplace / "short.safetensors"), "--run", "b"]
     assert run_cli([*again, "--root", runs]) == 2
     assert "cannot be read as a safetensors file" in capsys.readouterr().err
+    flipped = bytearray(file.read_bytes())
+    flipped[-9] ^= 1
+    (workplace / "flipped.safetensors").write_bytes(flipped)
+    again = ["checkpoints", "import", str(workplace / "flipped.safetensors"), "--run", "b"]
+    assert run_cli([*again, "--root", runs]) == 2
+    assert "is damaged: ." in capsys.readouterr().err
 
 
 # ---- Damage --------------------------------------------------------------------------------------
@@ -302,7 +389,7 @@ def test_a_flipped_byte_of_any_object_is_detected_or_harmless(bucket: str):
     run.claim("identity", {}, "")
     save(run, small_state(2), 2)
     [manifest] = complete_checkpoints(run)
-    store, expected = checkpoint_store(run, 2).child("state"), copied(small_state(2))
+    store, expected = arrays_store(run, manifest), copied(small_state(2))
     random, detected = np.random.default_rng(11), set[str]()
     for name in manifest.files:
         content = store.read(name)
