@@ -83,8 +83,10 @@ class ScoringOnRay:
             "max_task_retries": cluster.max_restarts,
             "runtime_env": {"env_vars": accelerators.environment(cluster)},
         }
-        actor = ray.remote(_Worker).options(**options)
-        self._workers = [actor.remote(run.location, update, job) for _ in range(cluster.workers)]
+        actor: Any = ray.remote(_Worker).options(**options)
+        self._workers: list[Any] = [
+            actor.remote(run.location, update, job) for _ in range(cluster.workers)
+        ]
         for worker in self._workers:
             stack.callback(ray.kill, worker)
         ready = [worker.load.remote() for worker in self._workers]
@@ -128,9 +130,11 @@ class ScoringOnRay:
                 yield scores
 
     def _results(self, references: list[Any]) -> list[Any]:
+        from ray.exceptions import RayActorError
+
         try:
             return self._ray.get(references)
-        except self._ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             raise UserError(
                 "a worker of the evaluation was lost more often than cluster.max_restarts:"
                 f" {str(error).splitlines()[0]}; the same command begins anew",
