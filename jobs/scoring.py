@@ -145,7 +145,7 @@ class Scorer:
 
 
 class ScoringHere:
-    """Scores on every device of this process, in a thread each; results in order."""
+    """Scores on every device of this process, in a thread each. Several threads may use it."""
 
     def __init__(self, trained: TrainedModel, job: Job) -> None:
         """Compiles, for no more devices than there are batches."""
@@ -164,13 +164,14 @@ class ScoringHere:
         with contextlib.ExitStack() as stack:
             stack.callback(pool.shutdown, cancel_futures=True)
             for batch in batches:
-                ahead.append(pool.submit(self._score, batch))
+                ahead.append(pool.submit(self.score, batch))
                 if len(ahead) > 2 * self._n:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
 
-    def _score(self, batch: Batch) -> list[SpanScores]:
+    def score(self, batch: Batch) -> list[SpanScores]:
+        """Of each of its spans, once a device is free."""
         scorer = self._scorers.get()
         try:
             return scorer.score(batch)

@@ -27,6 +27,7 @@ def test_it_is_the_percentile_bootstrap():
     for level in (0.5, 0.9, 0.95):
         expected = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
         found = interval(nats, sizes, level=level, resamples=100_000)
+        assert found is not None
         np.testing.assert_allclose(found, expected, atol=0.05 * ratios.std())
 
 
