@@ -25,6 +25,7 @@ HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "ray", "mlflo
 RAY_IN_JOBS = {
     "jax_backend.py",
     "ray_metrics.py",
+    "ray_scoring.py",
     "ray_session.py",
     "ray_worker.py",
     "trainer.py",
