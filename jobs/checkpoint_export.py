@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import recipe as recipes
-from jobs.checkpoint_manifest import complete_checkpoints, manifest_of
+from jobs.checkpoint_manifest import CheckpointManifest, complete_checkpoints, manifest_of
 from jobs.console import Console
 from jobs.errors import UserError
 from jobs.recipe import Recipe
@@ -28,6 +28,21 @@ def export_command(
     Raises:
         UserError: there is no such checkpoint, it is damaged, or the file is there already.
     """
+    if output.exists():
+        raise UserError(f"--output {output}: is there already; choose another name")
+    run = RunDirectory.existing(root, name)
+    manifest = manifest_of(run, update)
+    data = exported(run, manifest)
+    LocalStore(output.absolute().parent).write(output.name, data)
+    console.line(f"wrote update {manifest.update:,} of run {run.name} to {output}")
+
+
+def exported(run: RunDirectory, manifest: CheckpointManifest) -> bytes:
+    """The file of one checkpoint, whose arrays are verified.
+
+    Raises:
+        UserError: it is damaged.
+    """
     import jax
     import numpy as np
     from safetensors.numpy import save
@@ -35,10 +50,6 @@ def export_command(
     from jobs.checkpoint_manifest import DamagedCheckpointError
     from jobs.checkpoints import restore_alone
 
-    if output.exists():
-        raise UserError(f"--output {output}: is there already; choose another name")
-    run = RunDirectory.existing(root, name)
-    manifest = manifest_of(run, update)
     try:
         state = restore_alone(run, manifest)
     except DamagedCheckpointError as damage:
@@ -51,9 +62,7 @@ def export_command(
     }
     network = (state.params, state.codebooks)
     arrays = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(jax.device_get(network))]
-    data = save(dict(zip(_names(network), arrays, strict=True)), metadata)
-    LocalStore(output.absolute().parent).write(output.name, data)
-    console.line(f"wrote update {manifest.update:,} of run {run.name} to {output}")
+    return save(dict(zip(_names(network), arrays, strict=True)), metadata)
 
 
 def import_command(file: Path, root: Location, name: str, *, console: Console) -> None:
@@ -69,19 +78,29 @@ def import_command(file: Path, root: Location, name: str, *, console: Console) -
     run = RunDirectory.at(root, name)
     if complete_checkpoints(run):
         raise UserError(f"run {run.name}: exists already; choose another name with --run")
-    arrays, metadata = _read(file)
-    recipe = recipes.from_yaml(metadata["recipe"], f"the recipe in {file}")
-    updates = int(metadata["update"])
+    recipe, updates, fingerprints, network = read_export(file)
     training = dataclasses.replace(recipe.training, steps=updates)
     recipe = dataclasses.replace(recipe, training=training)
     save_as_run(
         run,
         recipe,
-        network=_network(file, recipe, arrays),
+        network=network,
         updates=updates,
-        fingerprints=json.loads(metadata["fingerprints"]),
+        fingerprints=fingerprints,
     )
     console.line(f"imported update {updates:,} as run {run.location}; its optimizer state is new")
+
+
+def read_export(file: Path) -> tuple[Recipe, int, dict[str, str], tuple[Any, Any]]:
+    """The recipe of a file, its update, the fingerprints of the corpus, (params, codebooks).
+
+    Raises:
+        UserError: not such a file, or other arrays than its recipe describes.
+    """
+    arrays, metadata = _read(file)
+    recipe = recipes.from_yaml(metadata["recipe"], f"the recipe in {file}")
+    network = _network(file, recipe, arrays)
+    return recipe, int(metadata["update"]), json.loads(metadata["fingerprints"]), network
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -15,6 +15,7 @@ from jobs.errors import ExitCode, UserError
 from jobs.lease import Lease
 from jobs.loop_contract import Outcome
 from jobs.metric_spool import MetricPoint
+from jobs.provenance import note_start
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory, RunRecord
 from jobs.tracking.store import Store, embedded_store, without_credentials
@@ -78,6 +79,7 @@ def train(
 
     with Lease(run).held() as lease:
         run_log.open_log(run.logs, "driver")
+        note_start(run)
         store = store_of(recipe, run.root)
         tracker = Tracker.start(
             store.uri,
