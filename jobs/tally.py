@@ -31,14 +31,10 @@ class BlockTable:
 
 def whole_documents(documents: DocumentTable) -> BlockTable:
     """Each document is one block."""
-    return BlockTable(
-        documents.begins[:-1], np.arange(len(documents.ids)), documents.n_bytes
-    )
+    return BlockTable(documents.begins[:-1], np.arange(len(documents.ids)), documents.n_bytes)
 
 
-def cut_documents(
-    documents: DocumentTable, windows: Windows, token_bytes: Integers
-) -> BlockTable:
+def cut_documents(documents: DocumentTable, windows: Windows, token_bytes: Integers) -> BlockTable:
     """Documents cut into equal blocks, as near to BLOCK_KIB of text as can be.
 
     Args:
@@ -83,9 +79,7 @@ class Tally:
     def add(self, begin: int, scores: SpanScores) -> None:
         """Adds a span that begins at this position of the stream."""
         nats, n = scores.nats.astype(np.float64), len(scores.nats)
-        first, last = (
-            np.searchsorted(self.blocks.begins, [begin, begin + n - 1], side="right") - 1
-        )
+        first, last = np.searchsorted(self.blocks.begins, [begin, begin + n - 1], side="right") - 1
         inside = self.blocks.begins[first + 1 : last + 1] - begin
         cuts = np.concatenate([[0], inside])
         here = slice(first, last + 1)
