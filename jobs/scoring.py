@@ -34,11 +34,11 @@ class Job(NamedTuple):
     """T."""
     longest: int
     """Targets of the longest span."""
+    batches: int
+    """How many there are in all."""
 
-    @property
-    def rows(self) -> int:
-        """B: spans scored side by side on a device."""
-        return min(max(_TOKENS // self.length, 1), _MOST_ROWS)
+    rows: int
+    """B: spans scored side by side on a device."""
 
 
 class Batch(NamedTuple):
@@ -58,6 +58,12 @@ class SpanScores(NamedTuple):
     """[n]: whether it was the likeliest."""
     targets: npt.NDArray[np.int32]
     """[n]: a model's ids."""
+
+
+def rows_of(length: int) -> int:
+    """B, for spans that are scored T targets at a time: of T alone, so that the figures do not
+    depend on the machine."""
+    return min(max(_TOKENS // length, 1), _MOST_ROWS)
 
 
 def batches(corpus: int, spans: Spans, rows: int) -> list[Batch]:
@@ -141,11 +147,11 @@ class Scorer:
 class ScoringHere:
     """Scores on every device of this process, in a thread each; results in order."""
 
-    def __init__(self, trained: TrainedModel, job: Job, n_batches: int) -> None:
+    def __init__(self, trained: TrainedModel, job: Job) -> None:
         """Compiles, for no more devices than there are batches."""
         import jax
 
-        devices = jax.local_devices()[: max(n_batches, 1)]
+        devices = jax.local_devices()[: job.batches]
         self._scorers: queue.Queue[Scorer] = queue.Queue()
         for device in devices:
             self._scorers.put(Scorer(trained, job, device))

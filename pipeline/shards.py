@@ -225,7 +225,9 @@ class ShardReader:
     def row_sizes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The bytes [rows] and the words [rows] of the text of each row."""
         n_bytes, n_words = (
-            arrow_arrays.joined([arrow_arrays.view(column, np.int64) for column in columns], np.int64)
+            arrow_arrays.joined(
+                [arrow_arrays.view(column, np.int64) for column in columns], np.int64
+            )
             for columns in self._sizes
         )
         return n_bytes, n_words

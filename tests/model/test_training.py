@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import training
+from model import scoring
 from model.config import ConfigError
 from model.layers import Purpose, Randomness, keep, keep_by_row
 from model.sharding import batch_sharding, make_mesh, replicated
