@@ -13,6 +13,7 @@ from jobs.cli_bench import bench
 from jobs.cli_data import inspect, prepare, verify
 from jobs.cli_options import OrderedGroup, Root, json_option, root_option
 from jobs.cli_options import console as new_console
+from jobs.cli_registry import lineage, promote, register, reproduce
 from jobs.cli_runs import checkpoints
 from jobs.errors import ExitCode, UserError
 
@@ -280,6 +281,12 @@ def compare(
     from jobs.compare import compare_command
 
     compare_command(root, runs, png, console=new_console(as_json), json=as_json, **options)
+
+
+cli.add_command(register)
+cli.add_command(promote)
+cli.add_command(lineage)
+cli.add_command(reproduce)
 
 
 @cli.command(

@@ -16,6 +16,7 @@ from typing import Any
 
 from jobs.errors import UserError
 from jobs.lease import Lease
+from jobs.run_directory import RunDirectory
 from pipeline.storage import Location, Store, open_store
 
 FORMAT_VERSION = 1
@@ -41,6 +42,8 @@ class ModelVersion:
     """Where that run lay when it was registered."""
     run_key: str
     mlflow_run_id: str | None
+    tracking_uri: str | None
+    """Where MLflow is, without credentials; None: in the SQLite file beside the runs."""
     update: int
     """Of the checkpoint."""
     identity: str
@@ -72,11 +75,20 @@ class ModelFolder:
                 " letter or digit; choose another with --as"
             )
         self.name = name
+        self.root = root
         self.store: Store = open_store(root).child(FOLDER).child(name)
 
     def version_store(self, version: int) -> Store:
         """The folder of one version."""
         return self.store.child(str(version))
+
+    def run_of(self, version: ModelVersion) -> RunDirectory | None:
+        """The run that a version was trained in, here or where it lay then; None if it is gone."""
+        for run in (RunDirectory.at(self.root, version.run), RunDirectory(version.run_location)):
+            record = run.record()
+            if record and record.run_key == version.run_key:
+                return run
+        return None
 
     def versions(self) -> list[ModelVersion]:
         """The complete versions by number."""

@@ -52,16 +52,13 @@ class Promotion(NamedTuple):
     high: float | None = None
 
 
-def register(
-    run: RunDirectory, name: str, *, update: int | None = None, root: Location | None = None
-) -> Registered:
+def register(run: RunDirectory, name: str, *, update: int | None = None) -> Registered:
     """Copies a checkpoint's weights, recipe and tokenizer, and registers them with MLflow.
 
     Args:
         run: the run; its corpus must be there, for the tokenizer.
         name: of the model.
         update: which checkpoint; None: the newest.
-        root: where the models' folder lies; None: where the run does.
 
     Returns:
         The version; the one that is there if this checkpoint is registered under the name already.
@@ -72,11 +69,11 @@ def register(
     """
     from jobs.tracking import registry as mlflow_registry
 
-    folder = ModelFolder(run.root if root is None else root, name)
+    folder = ModelFolder(run.root, name)
     manifest = manifest_of(run, update)
     record = run.record()
     assert record is not None, "a run with checkpoints was claimed"
-    uri = _tracking_uri(run)
+    uri = _tracking_uri(record.tracking_uri, run.root)
     with folder.lease(), _built(run, record, manifest) as built:
         _reconcile(folder, uri)
         for version in folder.versions():
@@ -106,8 +103,8 @@ def promote(
 ) -> Promotion:
     """Makes a version the champion if it is better than the champion on the validation split.
 
-    The first champion needs to beat nobody. Both are scored by this tvq on the frozen validation
-    split that they were trained beside; the test split never decides. MLflow moves an alias
+    The first champion needs to beat nobody. A version is scored once, on the frozen validation
+    split that it was trained beside; the test split never decides. MLflow moves an alias
     without comparing, so the move is made under the model's lease, if the champion is still the
     one that was compared with, and is read back.
 
@@ -128,7 +125,7 @@ def promote(
     if not versions:
         raise UserError(f"model {name}: has no version yet; `tvq register RUN --as {name}`")
     candidate = versions[-1] if version is None else folder.version(version)
-    uri = _tracking_uri(RunDirectory(candidate.run_location))
+    uri = _tracking_uri(candidate.tracking_uri, root)
     with folder.lease():
         _reconcile(folder, uri)
     before = mlflow_registry.aliased(uri, name, CHAMPION)
@@ -205,10 +202,8 @@ def _scored(folder: ModelFolder, version: ModelVersion, console: Console) -> Sco
 @contextlib.contextmanager
 def _evaluable(folder: ModelFolder, version: ModelVersion) -> Iterator[RunDirectory]:
     """The run of a version with its checkpoint, or a copy made of the registered weights."""
-    run = RunDirectory(version.run_location)
-    record = run.record()
-    updates = {manifest.update for manifest in complete_checkpoints(run)} if record else set()
-    if record and record.run_key == version.run_key and version.update in updates:
+    run = folder.run_of(version)
+    if run and version.update in {one.update for one in complete_checkpoints(run)}:
         yield run
         return
     from jobs.checkpoint_export import read_export
@@ -236,12 +231,12 @@ def _built(run: RunDirectory, record: RunRecord, manifest: CheckpointManifest) -
     corpus = next(iter(recipe.data.corpora))  # those of a mixture have one tokenizer
     tokenizer = tokenizer_of(corpus, Manifest.load(corpus))
     with tempfile.TemporaryDirectory(prefix="tvq.") as temporary:
-        files = Path(temporary, "files")
+        files = Path(temporary, "model")  # as it is called in the version's folder
         files.mkdir()
         weights = exported(run, manifest)
         write_model(files, weights, manifest.recipe, tokenizer, _network_sums(manifest))
         about = {"run": run.name, "run_key": record.run_key, "update": str(manifest.update)}
-        folder = Path(temporary, "model")
+        folder = Path(temporary, "version")
         save_served_model(folder, files, about)
         yield folder
 
@@ -272,6 +267,7 @@ def _place(
         run_location=run.location,
         run_key=record.run_key,
         mlflow_run_id=record.mlflow_run_id,
+        tracking_uri=record.tracking_uri,
         update=manifest.update,
         identity=record.identity,
         fingerprints=manifest.fingerprints,
@@ -346,10 +342,10 @@ def _network_sums(manifest: CheckpointManifest) -> dict[str, int]:
     return {name: value for name, value in manifest.sums.items() if name.startswith(ours)}
 
 
-def _tracking_uri(run: RunDirectory) -> str:
-    from jobs.train import store_of_run
+def _tracking_uri(recorded: str | None, root: Location) -> str:
+    from jobs.train import recorded_store
 
-    return store_of_run(run).uri
+    return recorded_store(recorded, root).uri
 
 
 def _to_json(scored: Scored) -> bytes:

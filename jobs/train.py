@@ -62,7 +62,7 @@ def train(
         UserError: a mistake to mend, a run that another process holds, a training that failed, or
             one that was stopped by Ctrl-C (saved; the same command goes on).
     """
-    recipe, mixture = _with_corpora(recipe)
+    recipe, mixture = with_corpora(recipe)
     run = RunDirectory.at(root, name)
     recipe, record = _begin_or_resume(run, recipe, mixture, stated)
     _narrate(console, run, recipe, mixture)
@@ -135,13 +135,18 @@ def store_of(recipe: Recipe, root: Location) -> Store:
 def store_of_run(run: RunDirectory) -> Store:
     """The store that holds the run's MLflow run, with the environment's credentials for it."""
     record = run.record()
-    if record is None or record.tracking_uri is None:
-        return embedded_store(run.root)
+    return recorded_store(record.tracking_uri if record else None, run.root)
+
+
+def recorded_store(tracking_uri: str | None, root: Location) -> Store:
+    """The store that a record names, which holds no credentials; None: the one beside the runs."""
+    if tracking_uri is None:
+        return embedded_store(root)
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return Store(uri if without_credentials(uri) == record.tracking_uri else record.tracking_uri)
+    return Store(uri if without_credentials(uri) == tracking_uri else tracking_uri)
 
 
-def _with_corpora(recipe: Recipe) -> tuple[Recipe, Mixture]:
+def with_corpora(recipe: Recipe) -> tuple[Recipe, Mixture]:
     """The recipe with absolute paths to its corpora, and these, checked."""
     named = recipe.data.corpora
     if not named:

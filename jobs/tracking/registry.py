@@ -1,5 +1,6 @@
 """MLflow's model registry: versions that point to our folders, and their aliases."""
 
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -37,16 +38,19 @@ def save_served_model(folder: Path, files: Path, metadata: Mapping[str, str]) ->
 
     kinds = {str: DataType.string, int: DataType.long, float: DataType.double}
     params = [ParamSpec(name, kinds[type(value)], value) for name, value in DEFAULTS.items()]
-    mlflow.pyfunc.save_model(
-        str(folder),
-        python_model=str(_SERVED),
-        artifacts={"model": str(files)},
-        signature=ModelSignature(
-            inputs=Schema([ColSpec(DataType.string, "text")]), params=ParamSchema(params)
-        ),
-        pip_requirements=[f"tvq=={installed('tvq')}"],  # given, else MLflow imports all to guess
-        metadata=dict(metadata),
-    )
+    with warnings.catch_warnings():
+        # It asks for type hints and an example, which the signature makes needless.
+        warnings.simplefilter("ignore", UserWarning)
+        mlflow.pyfunc.save_model(
+            str(folder),
+            python_model=str(_SERVED),
+            artifacts={"model": str(files)},
+            signature=ModelSignature(
+                inputs=Schema([ColSpec(DataType.string, "text")]), params=ParamSchema(params)
+            ),
+            pip_requirements=[f"tvq=={installed('tvq')}"],  # else MLflow imports all to guess
+            metadata=dict(metadata),
+        )
 
 
 def versions(uri: str, name: str) -> list[RegisteredVersion]:
