@@ -103,7 +103,7 @@ def _figure(comparison: Comparison) -> "Figure":
     widths = [
         1.25,
         *([1] if has_bits else []),
-        *([0.28 * _shown_columns(comparison)] if has_spread else []),
+        *([0.33 * _shown_columns(comparison)] if has_spread else []),
     ]
     labels = _labels(comparison)
     legend_rows = -(-len(labels) // 2)
@@ -199,8 +199,9 @@ def _draw_seeds(axes: "Axes", comparison: Comparison) -> None:
     )
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.12)
-    axes.set_title(f"Seeds, update {verdict.update:,}", loc="left")
-    axes.set_ylabel("validation bits per byte")
+    axes.set_title("Each seed", loc="left")
+    axes.set_ylabel("bits per byte")
+    axes.set_xlabel(f"after update {verdict.update:,}")
 
 
 def _finish(axes: "Axes", comparison: Comparison) -> None:

@@ -2,6 +2,7 @@
 
 import html
 import os
+import re
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from jobs.comparison_figure import caption, svg
 from jobs.seed_groups import SEED
 from jobs.seed_spread import LEAST_SEEDS, LEVEL
 
+_NUMBER = re.compile(r"-|[-+]?[\d,.]+( \(.*\))?")
 _STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 62rem;
   margin: 2.5rem auto; padding: 0 1.5rem; }
@@ -30,7 +32,7 @@ figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .9rem .28rem 0; text-align: left; border-bottom: 1px solid #e4e4e4;
   white-space: nowrap; } thead th { border-bottom: 2px solid #999; }
-td.number { text-align: right; } code { font-size: .9em; }
+.number { text-align: right; } code { font-size: .9em; }
 @media print { body { margin: 0; max-width: none; } }
 """
 
@@ -105,17 +107,20 @@ def _notes() -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    lines = []
-    for row in rows:
-        cells = "".join(
-            f'<td class="number">{html.escape(cell)}</td>'
-            if index and cell[:1] in "+-0123456789" and cell[:1]
-            else f"<td>{html.escape(cell)}</td>"
-            for index, cell in enumerate(row)
+    """Columns of numbers are set to the right."""
+    right = [
+        index > 0 and all(_NUMBER.fullmatch(row[index]) for row in rows)
+        for index in range(len(columns))
+    ]
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        marked = (
+            f"<{tag}{' class=number' * number}>{html.escape(cell)}</{tag}>"
+            for cell, number in zip(cells, right, strict=True)
         )
-        lines.append(f"<tr>{cells}</tr>")
+        return f"<tr>{''.join(marked)}</tr>"
+
     return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f'<div class="scroll"><table><thead>{line(columns, "th")}</thead>'
+        f"<tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table></div>"
     )
