@@ -13,6 +13,7 @@ from jobs.cli_bench import bench
 from jobs.cli_data import inspect, prepare, verify
 from jobs.cli_options import OrderedGroup, Root, json_option, root_option
 from jobs.cli_options import console as new_console
+from jobs.cli_registry import lineage, promote, register, reproduce
 from jobs.cli_runs import checkpoints
 from jobs.cli_upkeep import gc, logs
 from jobs.errors import ExitCode, UserError
@@ -273,19 +274,37 @@ cli.add_command(gc)
     epilog="""\b
 Examples:
   tvq compare tiny wider
-  tvq compare tiny wider --png curves.png --json"""
+  tvq compare a-0 a-1 a-2 b-0 b-1 b-2 --html report.html --png curves.png
+  tvq compare --query "params.`model.d_model` = '64'" --by tokens --json"""
 )
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("runs", nargs=-1)
+@click.option("--query", help="An MLflow filter, for the runs that it finds.")
+@click.option("--experiment", default="tvq", show_default=True, help="Where the query looks.")
 @click.option(
-    "--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the loss curves."
-)
+    "--by", type=click.Choice(["step", "tokens", "hours"]), default="step", show_default=True,
+    help="What the curves are drawn over.",
+)  # fmt: skip
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curves.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a report.")
 @root_option
 @json_option
-def compare(runs: tuple[str, ...], png: Path | None, root: Root, as_json: bool) -> None:
-    """Set RUNS side by side: what differs in their recipes, and how good they became."""
+def compare(
+    runs: tuple[str, ...], png: Path | None, root: Root, as_json: bool, **options: Any
+) -> None:
+    """Set RUNS side by side: what differs in their recipes, and how good they became.
+
+    Runs that differ in the seed alone are taken together, and the verdict says whether recipes
+    differ by more than seeds do.
+    """
     from jobs.compare import compare_command
 
-    compare_command(root, runs, png, console=new_console(as_json), json=as_json)
+    compare_command(root, runs, png, console=new_console(as_json), json=as_json, **options)
+
+
+cli.add_command(register)
+cli.add_command(promote)
+cli.add_command(lineage)
+cli.add_command(reproduce)
 
 
 @cli.command(

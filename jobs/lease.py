@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jobs.errors import ExitCode, UserError
 from jobs.run_directory import RunDirectory
@@ -31,6 +31,13 @@ class LeaseLostError(UserError):
         super().__init__(message, code)
 
 
+class Held(Protocol):
+    """What one driver at a time may write to: a run's folder, or a registered model's."""
+
+    name: str
+    store: Store
+
+
 class Lease:
     """The right to write to a run, held by one driver at a time.
 
@@ -44,15 +51,19 @@ class Lease:
 
     def __init__(
         self,
-        run: RunDirectory,
+        run: Held,
         *,
         clock: Callable[[], float] = time.time,
         renew_seconds: float = 5,
         expire_seconds: float = 60,
+        busy: str = "run {name}: is being trained by {holder}; wait for it, stop it, or choose"
+        " another name with --run",
     ):
+        """`busy` is what is said where somebody else holds it."""
         self.owner = uuid.uuid4().hex
         self._store = run.store
         self._name = run.name
+        self._busy = busy
         self._clock = clock
         self._renew_seconds = renew_seconds
         self._expire_seconds = expire_seconds
@@ -85,12 +96,11 @@ class Lease:
                     return
             elif self._alive(holder):
                 age = self._clock() - holder["heartbeat"]
-                raise UserError(
-                    f"run {self._name}: is being trained by process {holder['pid']} on"
-                    f" {holder['host']} (lease {holder['owner'][:8]}, renewed {age:.0f} s ago);"
-                    " wait for it, stop it, or choose another name with --run",
-                    ExitCode.BUSY,
+                who = (
+                    f"process {holder['pid']} on {holder['host']} (lease {holder['owner'][:8]},"
+                    f" renewed {age:.0f} s ago)"
                 )
+                raise UserError(self._busy.format(name=self._name, holder=who), ExitCode.BUSY)
             elif self._store.create(_successor(holder["owner"]), self._fields()):
                 self._store.write("lease.json", self._fields())
                 return

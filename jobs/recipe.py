@@ -22,6 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from jobs import accelerators
 from jobs.errors import UserError
 from jobs.recipe_yaml import (
+    apply_override,
     dump_yaml,
     expand_preset,
     nearest,
@@ -241,6 +242,15 @@ def load(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """
     where = f"recipe {name}"
     return _validated(read_sections(name, overrides, where, _text_fields()), where)
+
+
+def with_overrides(recipe: Recipe, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe with `section.field=value` overrides; raises UserError as `load` does."""
+    where = "override"
+    tree = parse_sections(to_yaml(recipe), where)
+    for override in overrides:
+        apply_override(tree, override, _text_fields())
+    return _validated(tree, where)
 
 
 def resolve(recipe: Recipe, stored: Recipe | None = None) -> Recipe:
