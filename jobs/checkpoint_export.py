@@ -1,23 +1,17 @@
-"""A checkpoint's parameters and codebooks as one safetensors file, and back.
-
-The file holds the arrays by name (`params.embedding.table`, `codebooks...`), and as metadata the
-recipe, the update and the fingerprints of the corpus. Reading it runs no code of anybody's.
-"""
+"""`tvq checkpoints export` and `import`: a checkpoint as one safetensors file, and back."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from jobs import recipe as recipes
 from jobs.checkpoint_manifest import complete_checkpoints, manifest_of
 from jobs.console import Console
 from jobs.errors import UserError
-from jobs.recipe import Recipe
+from jobs.exported_file import Exported, encode, read_exported
+from jobs.init_from import Network, network_sums
+from jobs.recipe import Recipe, from_yaml
 from jobs.run_directory import RunDirectory
 from pipeline.storage import LocalStore, Location
-
-FORMAT_VERSION = 1
 
 
 def export_command(
@@ -30,28 +24,32 @@ def export_command(
     """
     import jax
     import numpy as np
-    from safetensors.numpy import save
 
     from jobs.checkpoint_manifest import DamagedCheckpointError
     from jobs.checkpoints import restore_alone
 
     if output.exists():
         raise UserError(f"--output {output}: is there already; choose another name")
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: must end in .safetensors, as what it is")
     run = RunDirectory.existing(root, name)
+    record = run.record()
+    assert record is not None, "it exists"
     manifest = manifest_of(run, update)
     try:
         state = restore_alone(run, manifest)
     except DamagedCheckpointError as damage:
         raise UserError(f"{damage}; choose another --update") from None
-    metadata = {
-        "tvq_format": str(FORMAT_VERSION),
-        "update": str(manifest.update),
-        "recipe": manifest.recipe,
-        "fingerprints": json.dumps(manifest.fingerprints),
-    }
-    network = (state.params, state.codebooks)
+    network = Network(state.params, state.codebooks)
     arrays = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(jax.device_get(network))]
-    data = save(dict(zip(_names(network), arrays, strict=True)), metadata)
+    exported = Exported(
+        recipe=from_yaml(manifest.recipe, f"the recipe of checkpoint {manifest.update}"),
+        update=manifest.update,
+        run_key=record.run_key,
+        fingerprints=manifest.fingerprints,
+        sums=network_sums(manifest.sums),
+    )
+    data = encode(dict(zip(_names(network), arrays, strict=True)), exported)
     LocalStore(output.absolute().parent).write(output.name, data)
     console.line(f"wrote update {manifest.update:,} of run {run.name} to {output}")
 
@@ -62,55 +60,40 @@ def import_command(file: Path, root: Location, name: str, *, console: Console) -
     Its optimizer state is a new one.
 
     Raises:
-        UserError: not such a file, other arrays than its recipe describes, or a run of that name.
+        UserError: not such a file, damaged, other arrays than its recipe describes, or a run of
+            that name.
     """
     from jobs.import_official import save_as_run
 
     run = RunDirectory.at(root, name)
     if complete_checkpoints(run):
         raise UserError(f"run {run.name}: exists already; choose another name with --run")
-    arrays, metadata = _read(file)
-    recipe = recipes.from_yaml(metadata["recipe"], f"the recipe in {file}")
-    updates = int(metadata["update"])
-    training = dataclasses.replace(recipe.training, steps=updates)
-    recipe = dataclasses.replace(recipe, training=training)
+    arrays, exported = read_exported(file)
+    training = dataclasses.replace(exported.recipe.training, steps=exported.update, init_from=None)
+    recipe = dataclasses.replace(exported.recipe, training=training)
     save_as_run(
         run,
         recipe,
-        network=_network(file, recipe, arrays),
-        updates=updates,
-        fingerprints=json.loads(metadata["fingerprints"]),
+        network=tuple(_network(file, recipe, arrays, exported)),
+        updates=exported.update,
+        fingerprints=exported.fingerprints,
     )
-    console.line(f"imported update {updates:,} as run {run.location}; its optimizer state is new")
+    console.line(
+        f"imported update {exported.update:,} as run {run.location}; its optimizer state is new"
+    )
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            metadata = opened.metadata() or {}
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read as a safetensors file: {error}") from None
-    if not {"tvq_format", "update", "recipe", "fingerprints"} <= metadata.keys():
-        raise UserError(f"{file}: was not written by `tvq checkpoints export`")
-    if metadata["tvq_format"] != str(FORMAT_VERSION):
-        raise UserError(
-            f"{file}: format {metadata['tvq_format']}, this tvq reads {FORMAT_VERSION}; upgrade tvq"
-        )
-    return arrays, metadata
-
-
-def _network(file: Path, recipe: Recipe, arrays: dict[str, Any]) -> tuple[Any, Any]:
-    """(params, codebooks) of the recipe's model, filled with the file's arrays."""
+def _network(file: Path, recipe: Recipe, arrays: dict[str, Any], exported: Exported) -> Network:
+    """The recipe's parameters and codebooks, filled with the file's arrays."""
     import jax
 
+    from jobs.checkpoints import jitted_leaf_sums
     from model.training import initial_state
 
     state = jax.eval_shape(lambda: initial_state(recipe.model, recipe.optimizer, 0))
-    leaves, structure = jax.tree.flatten((state.params, state.codebooks))
-    names = _names((state.params, state.codebooks))
+    described = Network(state.params, state.codebooks)
+    leaves, structure = jax.tree.flatten(described)
+    names = _names(described)
     expected = dict(zip(names, leaves, strict=True))
     for name in sorted(expected.keys() | arrays.keys()):
         wanted, found = (
@@ -119,14 +102,17 @@ def _network(file: Path, recipe: Recipe, arrays: dict[str, Any]) -> tuple[Any, A
         )
         if wanted != found:
             raise UserError(f"{file}: {name} is {found}, its recipe describes {wanted}")
-    return jax.tree.unflatten(structure, [arrays[name] for name in names])
+    network = jax.tree.unflatten(structure, [arrays[name] for name in names])
+    for path, value in jax.device_get(jitted_leaf_sums(network)).items():
+        if int(value) != exported.sums.get(path):
+            raise UserError(f"{file}: is damaged: {path} does not have the sum in its metadata")
+    return network
 
 
-def _names(network: tuple[Any, Any]) -> list[str]:
+def _names(network: Network) -> list[str]:
     import jax
 
     return [
-        f"{prefix}.{jax.tree_util.keystr(path, simple=True, separator='.')}"
-        for prefix, tree in zip(("params", "codebooks"), network, strict=True)
-        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, _ in jax.tree_util.tree_leaves_with_path(network)
     ]

@@ -1,8 +1,8 @@
 """Which checkpoints a run has: the manifest that makes one complete.
 
-    checkpoints/00000200/state/         Orbax's sharded arrays
-                         manifest.json  written last, by one host, after Orbax's commit
-                         pinned         there while no retention may remove it
+    checkpoints/00000200/state-4f1c.../  Orbax's sharded arrays, a new folder for each attempt
+                         manifest.json   written last, by one host, after Orbax's commit
+                         pinned          there while no retention may remove it
 
 A checkpoint is complete or it does not exist. Needs no JAX, so that the driver can look.
 """
@@ -12,15 +12,16 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jobs.errors import UserError
 from jobs.run_directory import RunDirectory
-from pipeline.storage import LocalStore, Store, open_store
+from pipeline.storage import LocalStore, Store
 
 FORMAT_VERSION = 2
-"""1 had no metrics."""
+"""1 had no metrics, and its arrays always in `state`."""
 _FILE = re.compile(r"checkpoints/(\d{8,})/(.+)")
 log = logging.getLogger("tvq.checkpoints")
 
@@ -45,7 +46,9 @@ class CheckpointManifest:
     sums: dict[str, int]
     """`leaf_sums` of the state."""
     files: dict[str, int]
-    """Length in bytes of every file under `state/`."""
+    """Length in bytes of every file of the arrays' folder."""
+    folder: str = "state"
+    """That the arrays lie in, beside the manifest."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the evaluation after this update, if there was one."""
     created: float = 0.0
@@ -56,12 +59,38 @@ class DamagedCheckpointError(RuntimeError):
     """A checkpoint is not what its manifest says; names the leaf or the file."""
 
 
-def write(run: RunDirectory, manifest: CheckpointManifest) -> None:
-    """Makes a checkpoint whose arrays are committed complete."""
+def commit(run: RunDirectory, manifest: CheckpointManifest, may: Callable[[], None]) -> None:
+    """Makes a checkpoint whose arrays are stored complete, in place of any of that update.
+
+    Args:
+        may: raises if this process may not write to the run any more. It is asked again before a
+            manifest gives way to this one: a group that falls asleep in between and wakes up when
+            another has saved the same update finds that one's and leaves it.
+    """
+    store, data = checkpoint_store(run, manifest.update), encode(manifest)
+    while not store.create("manifest.json", data):
+        may()
+        store.remove("manifest.json")
+
+
+def remove_other_attempts(run: RunDirectory, manifest: CheckpointManifest) -> None:
+    """Removes what killed saves of the same update left beside a checkpoint."""
+    store = checkpoint_store(run, manifest.update)
+    for name in {entry.name.partition("/")[0] for entry in store.list()}:
+        if name not in ("manifest.json", "pinned", manifest.folder):
+            store.remove_tree(name)
+
+
+def encode(manifest: CheckpointManifest) -> bytes:
+    """The text of `manifest.json`."""
     fields = asdict(manifest)
     fields["checksum"] = _checksum(fields)
-    text = json.dumps(fields, indent=1) + "\n"
-    checkpoint_store(run, manifest.update).write("manifest.json", text.encode())
+    return (json.dumps(fields, indent=1) + "\n").encode()
+
+
+def arrays_store(run: RunDirectory, manifest: CheckpointManifest) -> Store:
+    """Where the arrays of a checkpoint lie."""
+    return checkpoint_store(run, manifest.update).child(manifest.folder)
 
 
 def checkpoint_store(run: RunDirectory, update: int) -> Store:
@@ -112,6 +141,16 @@ def unfinished_updates(run: RunDirectory) -> list[int]:
     matches = [match for match in map(_FILE.fullmatch, _files(run)) if match]
     complete = {manifest.update for manifest in readable_checkpoints(run)[0]}
     return sorted({int(match[1]) for match in matches} - complete)
+
+
+def abandoned_updates(run: RunDirectory) -> list[int]:
+    """The updates of which there are files and no manifest, older than a checkpoint.
+
+    While one save is under way at a time, they were left by a kill.
+    """
+    matches = [match for match in map(_FILE.fullmatch, _files(run)) if match]
+    complete = {int(match[1]) for match in matches if match[2] == "manifest.json"}
+    return sorted({int(m[1]) for m in matches if int(m[1]) < max(complete, default=0)} - complete)
 
 
 def pin(run: RunDirectory, update: int, wanted: bool) -> None:
@@ -175,12 +214,18 @@ def _files(run: RunDirectory) -> dict[str, str]:
 def _manifest(run: RunDirectory, name: str, version: str) -> CheckpointManifest:
     if isinstance(run.store, LocalStore):  # its versions are times, too coarse to tell
         return _read(run.store, name)
-    return _read_once(run.location, name, version)
+    # The driver looks every few seconds, and each reading is paid for.
+    key = (run.location, name, version)
+    if key not in _known:
+        while len(_known) >= _KNOWN_MANIFESTS:
+            _known.pop(next(iter(_known)))
+        _known[key] = _read(run.store, name)
+    return _known[key]
 
 
-@functools.lru_cache(256)  # the driver looks every few seconds, and each reading is paid for
-def _read_once(location: str, name: str, _version: str) -> CheckpointManifest:
-    return _read(open_store(location), name)
+_KNOWN_MANIFESTS = 256
+_known: dict[tuple[str, str, str], CheckpointManifest] = {}
+"""Those read from object stores, oldest first."""
 
 
 def _read(store: Store, name: str) -> CheckpointManifest:

@@ -6,6 +6,7 @@ leaf's bits, which does not depend on the mesh, and the length of every file.
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,17 +19,20 @@ from jax.experimental import multihost_utils
 from jobs.checkpoint_manifest import (
     CheckpointManifest,
     DamagedCheckpointError,
+    arrays_store,
     checkpoint_store,
     complete_checkpoints,
     file_lengths,
     readable_checkpoints,
 )
 from jobs.errors import UserError
+from jobs.lease import LeaseLostError
 from jobs.recipe import from_yaml
 from jobs.run_directory import RunDirectory
 from model.sharding import abstract_state, make_mesh
 from model.training import initial_state
-from pipeline.storage import Store
+from pipeline.errors import CorpusError
+from pipeline.storage import Store, is_url
 
 log = logging.getLogger("tvq.checkpoints")
 
@@ -84,7 +88,7 @@ def restore_newest(run: RunDirectory, abstract_state: Any) -> tuple[Any, Checkpo
     for update in reversed([int(update) for update in updates if update >= 0]):
         folder = checkpoint_store(run, update).location
         try:
-            with _damage_of_any_host(folder):
+            with failing_together(folder):
                 if update not in by_update:
                     raise DamagedCheckpointError(
                         f"{folder}: rank 0 sees a manifest, this host none"
@@ -111,12 +115,13 @@ def restore(run: RunDirectory, manifest: CheckpointManifest, abstract_state: Any
 
     Raises:
         DamagedCheckpointError: a file or a leaf is not what the manifest says, on any host.
+        CorpusError: the store does not let it be read, on any host.
         UserError: the leaves are those of another model.
     """
-    store = checkpoint_store(run, manifest.update)
-    folder = store.location
-    with _damage_of_any_host(folder):
-        _check_lengths(store.child("state"), manifest)
+    store = arrays_store(run, manifest)
+    folder = checkpoint_store(run, manifest.update).location
+    with failing_together(folder):
+        _check_lengths(store, manifest)
     expected = signatures(abstract_state)
     for name in sorted(expected.keys() | manifest.leaves.keys()):
         if expected.get(name) != manifest.leaves.get(name):
@@ -125,8 +130,8 @@ def restore(run: RunDirectory, manifest: CheckpointManifest, abstract_state: Any
                 f" {manifest.leaves.get(name, 'absent')}, expected {expected.get(name, 'absent')};"
                 " use the recipe that the run was trained with"
             )
-    with _damage_of_any_host(folder):
-        state = _read_state(store.child("state").location, abstract_state)
+    with failing_together(folder):
+        state = _read_state(store.location, abstract_state)
     for name, value in jax.device_get(jitted_leaf_sums(state)).items():
         if int(value) != manifest.sums[name]:
             raise DamagedCheckpointError(
@@ -150,26 +155,29 @@ def restore_alone(run: RunDirectory, manifest: CheckpointManifest) -> Any:
 
 
 @contextlib.contextmanager
-def _damage_of_any_host(folder: str) -> Iterator[None]:
-    """Raises the damage that the body finds on one host on all of them, at its end.
+def failing_together(where: str) -> Iterator[None]:
+    """Raises what the body raises on one host on all of them, at its end.
 
-    Else who found it would go on to the checkpoint before while the others wait for it in the next
-    collective. For the same reason the body must not contain one.
+    Else who found damage would go on to the checkpoint before while the others wait for it in the
+    next collective. For the same reason the body must not contain one.
     """
-    damage = None
+    raised: Exception | None = None
     try:
         yield
-    except DamagedCheckpointError as error:
-        damage = error
+    except _TOGETHER as error:
+        raised = error
     if jax.process_count() > 1:
-        damaged = multihost_utils.process_allgather(np.int32(damage is not None))
-        if damaged.any() and damage is None:
-            hosts = ", ".join(map(str, np.flatnonzero(damaged)))
-            damage = DamagedCheckpointError(
-                f"{folder}: damaged for host {hosts}, whose log says why"
-            )
-    if damage:
-        raise damage
+        kind = next((n for n, one in enumerate(_TOGETHER, 1) if isinstance(raised, one)), 0)
+        kinds = multihost_utils.process_allgather(np.int32(kind))
+        if kinds.max() > kind:  # all go on alike: the gravest kind stands for all hosts
+            hosts = ", ".join(map(str, np.flatnonzero(kinds == kinds.max())))
+            raised = _TOGETHER[kinds.max() - 1](f"{where}: failed on host {hosts}: see its log")
+    if raised:
+        raise raised
+
+
+_TOGETHER = (DamagedCheckpointError, CorpusError, LeaseLostError, UserError)
+"""In this order a later one outweighs."""
 
 
 def _check_lengths(store: Store, manifest: CheckpointManifest) -> None:
@@ -191,9 +199,20 @@ def _read_state(folder: str, abstract_state: Any) -> Any:
     try:
         return orbax.restore(folder, args=ocp.args.StandardRestore(abstract_state))
     except Exception as error:  # Orbax, tensorstore and zstd each raise their own
-        raise DamagedCheckpointError(f"{folder}: cannot be read: {error!r:.300}") from error
+        said = " ".join(f"{error!r}".split())[:300]
+        if is_url(folder) and _OF_THE_STORE.search(said):
+            # No damage: to go back to the checkpoint before would lose work for an outage.
+            raise CorpusError(f"{folder}: the store does not let it be read: {said}") from error
+        raise DamagedCheckpointError(f"{folder}: cannot be read: {said}") from error
     finally:
         orbax.close()
+
+
+_OF_THE_STORE = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED"
+    r"|Forbidden|HttpError|Timeout|ClientError|ClientConnector|ServerDisconnected|ConnectionReset"
+)
+"""What tensorstore and gcsfs call a store that does not answer as it should."""
 
 
 def signatures(state: Any) -> dict[str, str]:

@@ -15,8 +15,11 @@ from pipeline.errors import CorpusError
 log = logging.getLogger("tvq.lease")
 
 
-class LeaseLostError(RuntimeError):
+class LeaseLostError(UserError):
     """Another driver or worker group took the run over: this one must not write any more."""
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.BUSY):
+        super().__init__(message, code)
 
 
 class Lease:

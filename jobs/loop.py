@@ -14,11 +14,12 @@ import numpy as np
 from jobs import run_log
 from jobs.background_spool import BackgroundSpool
 from jobs.checkpoint_writer import CheckpointWriter
-from jobs.checkpoints import restore_newest
+from jobs.checkpoints import failing_together, restore_newest
 from jobs.errors import ExitCode, UserError
 from jobs.global_batch import GlobalBatch
 from jobs.goodput import Goodput
 from jobs.host_memory import keep_freed_memory
+from jobs.init_from import first_state
 from jobs.lease import Fence
 from jobs.ledger import Ledger
 from jobs.loop_contract import LoopSettings, Outcome
@@ -45,7 +46,7 @@ log = logging.getLogger("tvq.loop")
 
 def train(settings: LoopSettings) -> Outcome:
     """Trains from the newest checkpoint (or from the start) to the recipe's last update."""
-    recipe, run = settings.recipe, RunDirectory(settings.run)
+    recipe, run = settings.recipe, RunDirectory(settings.run, patient=True)
     mixture = Mixture.load(recipe.data.corpora)
     primary = jax.process_index() == 0
     run_log.open_log(run.logs, f"rank-{jax.process_index()}")
@@ -68,15 +69,19 @@ def train(settings: LoopSettings) -> Outcome:
     abstract = abstract_state(mesh, recipe.model, create)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     fence = Fence(run, settings.lease_owner)
-    if primary:
-        fence.raise_over_others()
+    with failing_together(run.location):
+        if primary:
+            fence.raise_over_others()
     with goodput.phase("start"):
         restored = restore_newest(run, abstract)
         if restored:
             state, checkpoint = restored
             update, next_batch, tokens = checkpoint.update, checkpoint.next_batch, checkpoint.tokens
         else:
-            state = jax.jit(create, out_shardings=shardings)()
+            if recipe.training.init_from:
+                state = first_state(run, recipe, abstract)
+            else:
+                state = jax.jit(create, out_shardings=shardings)()
             update, next_batch, tokens = 0, 0, 0
     goodput.begin_at(update)
     run_log.event("state ready", update=update, restored=restored is not None)
@@ -253,7 +258,8 @@ def train(settings: LoopSettings) -> Outcome:
                 batch = layout.place(next(batches))
             stop = layout.flag(run.stop_requested())
             with calling:
-                if update == 0 and recipe.model.kmeans_iterations:
+                random = update == 0 and not recipe.training.init_from
+                if random and recipe.model.kmeans_iterations:
                     state = start_codebooks(state, batch)
                 state, metrics, stop = step(state, batch, stop)
             calling = contextlib.nullcontext()

@@ -83,6 +83,10 @@ class TrainingConfig:
     """U: tokens of each window that one update sees; the cache is carried between updates."""
     seed: int = 0
     """Of the initial parameters, the order of the data and every random draw."""
+    init_from: str | None = None
+    """Begin with another run's parameters and codebooks instead of random ones: its name, path or
+    URL, with @UPDATE if not from its newest checkpoint, or a .safetensors file that
+    `tvq checkpoints export` wrote. Schedule, counters and optimizer state are new."""
     evaluate_every: int = operational(200)
     """Updates between evaluations on the validation split."""
     evaluate_windows: int = operational(64)

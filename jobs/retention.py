@@ -1,10 +1,11 @@
 """Which checkpoints a run keeps: the one place that decides."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from jobs.checkpoint_manifest import (
     CheckpointManifest,
+    abandoned_updates,
     complete_checkpoints,
     pinned_updates,
     remove,
@@ -35,11 +36,21 @@ def retained(
     return kept
 
 
-def retire(run: RunDirectory, policy: CheckpointConfig) -> list[int]:
-    """Removes the checkpoints that the policy does not keep; returns their updates."""
+def retire(
+    run: RunDirectory, policy: CheckpointConfig, may: Callable[[], None] = lambda: None
+) -> list[int]:
+    """Removes the checkpoints that the policy does not keep; returns their updates.
+
+    And what killed saves before the newest one left: a folder of arrays each, that nothing else
+    would ever remove.
+
+    Args:
+        may: asked before each; raises if this process may not write to the run any more.
+    """
     checkpoints = complete_checkpoints(run)
     kept = retained(checkpoints, pinned_updates(run), policy)
     retired = [manifest.update for manifest in checkpoints if manifest.update not in kept]
-    for update in retired:
+    for update in (*retired, *abandoned_updates(run)):
+        may()
         remove(run, update)
     return retired

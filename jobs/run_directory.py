@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import UserError
+from jobs.patient_store import open_patient_store
 from pipeline.errors import CorpusError
 from pipeline.storage import LocalStore, Location, Store, is_url, open_store
 
@@ -31,6 +32,19 @@ _RESERVED = {"models", "mlartifacts", "corpora"}
 """Folders that lie beside the runs under one root."""
 _STOP_SECONDS = 2.0
 """Between two looks for a stop request in an object store."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The parameters and codebooks that a run began with, where not random (jobs/init_from.py)."""
+
+    place: str
+    """The run's folder or the exported file."""
+    run_key: str
+    """Of the run that trained them."""
+    update: int
+    sums: dict[str, int]
+    """Of their leaves, as in a checkpoint's manifest."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,8 @@ class RunRecord:
     """UTC, ISO 8601."""
     recipe: str = ""
     """What `recipe.yaml` was made of: whoever wins the claim has settled the recipe with it."""
+    origin: Origin | None = None
+    """Of its first parameters, if `training.init_from` names them."""
     mlflow_run_id: str | None = None
     tracking_uri: str | None = None
     """Where that run is, without credentials; None: in the SQLite file beside the runs."""
@@ -57,8 +73,9 @@ class RunRecord:
 class RunDirectory:
     """The folder of one run."""
 
-    def __init__(self, location: Location):
-        self.store: Store = open_store(location)
+    def __init__(self, location: Location, *, patient: bool = False):
+        """`patient`: for a training, whose calls wait for a store that is not well."""
+        self.store: Store = (open_patient_store if patient else open_store)(location)
         self.location: str = self.store.location
         """The absolute path or the URL, for messages and for other processes."""
         self.name = self.location.rpartition("/")[2]
@@ -114,6 +131,8 @@ class RunDirectory:
                     f"{where}: format {fields['format_version']} is newer than {FORMAT_VERSION},"
                     " which this tvq reads; upgrade tvq"
                 )
+            if fields.get("origin"):
+                fields["origin"] = Origin(**fields["origin"])
             return RunRecord(**fields)
         except FileNotFoundError:
             return None
@@ -123,7 +142,13 @@ class RunDirectory:
                 " another name with --run or another folder with --root"
             ) from None
 
-    def claim(self, identity: str, fingerprints: dict[str, str], recipe_yaml: str) -> RunRecord:
+    def claim(
+        self,
+        identity: str,
+        fingerprints: dict[str, str],
+        recipe_yaml: str,
+        origin: Origin | None = None,
+    ) -> RunRecord:
         """Makes the folder this run's own, or returns the record of who was first.
 
         `run.json` is the claim and holds all of it: whoever dies or comes second in between
@@ -133,7 +158,7 @@ class RunDirectory:
             UserError: the folder holds files but no `run.json`: it is not ours; or it cannot be
                 made.
         """
-        record = self.record() or self._first_record(identity, fingerprints, recipe_yaml)
+        record = self.record() or self._first_record(identity, fingerprints, recipe_yaml, origin)
         if not self.store.exists("recipe.yaml"):
             self.store.create("recipe.yaml", record.recipe.encode())
         if isinstance(self.store, LocalStore):  # in a bucket there are no folders
@@ -142,7 +167,11 @@ class RunDirectory:
         return record
 
     def _first_record(
-        self, identity: str, fingerprints: dict[str, str], recipe_yaml: str
+        self,
+        identity: str,
+        fingerprints: dict[str, str],
+        recipe_yaml: str,
+        origin: Origin | None,
     ) -> RunRecord:
         record = RunRecord(
             format_version=FORMAT_VERSION,
@@ -152,6 +181,7 @@ class RunDirectory:
             fingerprints=fingerprints,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             recipe=recipe_yaml,
+            origin=origin,
         )
         problem = ""
         try:
@@ -197,7 +227,7 @@ class RunDirectory:
         if isinstance(self.store, LocalStore):
             return self.store.exists("stop")
         if self._stop_watch is None:
-            self._stop_watch = _StopWatch(self.store)
+            self._stop_watch = _StopWatch(open_store(self.location))
         return self._stop_watch.requested
 
     def store_tracking(self, tracking_uri: str | None, mlflow_run_id: str) -> None:

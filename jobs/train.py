@@ -1,14 +1,15 @@
 """`tvq train`: begins a run, or goes on with it, and tracks it to its end."""
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from jobs import init_from, run_log
 from jobs import recipe as recipes
-from jobs import run_log
 from jobs.checkpoint_manifest import checkpoint_store, complete_checkpoints, newest_update
 from jobs.console import Console
 from jobs.errors import ExitCode, UserError
@@ -21,10 +22,15 @@ from jobs.tracking.store import Store, embedded_store, without_credentials
 from jobs.tracking.tracker import Tracker
 from jobs.trainer import run_loop
 from model.counts import flops_per_token, parameter_count
+from pipeline.errors import CorpusError
 from pipeline.manifest import SPLITS
 from pipeline.mixture import Mixture
 from pipeline.shards import check_length
 from pipeline.storage import Location, is_url, open_store
+
+_LOOK_SECONDS = 0.5
+_LOOK_STORE_SECONDS = 2.0
+"""Between two looks at a run in an object store, where each is paid for."""
 
 
 class Trained(NamedTuple):
@@ -77,6 +83,7 @@ def train(
         console.line(f"resuming from the checkpoint at update {done}")
 
     with Lease(run).held() as lease:
+        run = RunDirectory(run.location, patient=True)
         run_log.open_log(run.logs, "driver")
         store = store_of(recipe, run.root)
         tracker = Tracker.start(
@@ -105,10 +112,11 @@ def train(
             raise
         finally:
             complete = tracker.finish(status, patience)
-            _note_tracking(run, tracker, store)
-            if complete and status == "FINISHED":
-                run.note_closed(newest_update(run))
-            run.request_stop(False)
+            with _outage_told(console):  # what the training ended of is what counts
+                _note_tracking(run, tracker, store)
+                if complete and status == "FINISHED":
+                    run.note_closed(newest_update(run))
+                run.request_stop(False)
             run_log.close_log()
     if outcome.stopped:
         raise UserError(
@@ -184,7 +192,8 @@ def _begin_or_resume(
     stored = None
     if run.record():
         stored = recipes.from_yaml(run.recipe_text(), f"{run.location}/recipe.yaml")
-    recipe = recipes.resolve(recipe, stored)
+    recipe = init_from.settle(recipes.resolve(recipe, stored), stored, run.root)
+    origin = None
     if stored:
         changes = recipes.difference(recipe, stored, mathematical_only=True, only=stated)
         if changes:
@@ -194,8 +203,10 @@ def _begin_or_resume(
                 " name with --run"
             )
         recipe = recipes.with_mathematics_of(stored, recipe)
+    else:
+        recipe, origin = init_from.look_up(recipe, run.root)
     fingerprints = {split: mixture.fingerprint(split) for split in SPLITS}
-    record = run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe))
+    record = run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe), origin)
     if not stored and record.identity != recipes.identity(recipe):
         raise UserError(
             f"run {run.name}: was begun this moment by another process with other mathematics;"
@@ -271,6 +282,15 @@ def _note_tracking(run: RunDirectory, tracker: Tracker, store: Store) -> None:
         run.store_tracking(None if beside else without_credentials(store.uri), run_id)
 
 
+@contextlib.contextmanager
+def _outage_told(console: Console) -> Iterator[None]:
+    """Warns of a store that does not do as it is asked; the training goes on or ends as it did."""
+    try:
+        yield
+    except CorpusError as error:
+        console.warning(str(error))
+
+
 def _supervise(
     run: RunDirectory,
     recipe: Recipe,
@@ -313,17 +333,40 @@ def _supervise(
 
     def track(*, last: bool = False) -> None:
         _note_tracking(run, tracker, store)
-        for manifest in complete_checkpoints(run):
+        for manifest in complete_checkpoints(run if last else watched):
             # Its evaluation is in the spool before it is committed, and shown soon after.
             if manifest.update not in tracked and (manifest.update <= shown or last):
-                tracked.add(manifest.update)
                 where = checkpoint_store(run, manifest.update).location
                 uri = where if is_url(where) else Path(where).as_uri()
                 metrics = evaluations.get(manifest.update, {})
                 tracker.log_checkpoint(manifest.update, uri, metrics)
+                tracked.add(manifest.update)
+
+    def look() -> None:
+        nonlocal groups, outage
+        try:
+            track()
+            lines = log.read()
+        except CorpusError as error:  # looked at again: nothing here is worth ending a training
+            if not outage:
+                console.warning(f"{error}; the training goes on")
+            outage = True
+            return
+        outage = False
+        for line in lines:
+            if line["level"] in ("WARNING", "ERROR"):
+                console.warning(line["message"])
+            elif line.get("event") == "state ready":
+                groups += 1
+                if groups > 1:
+                    console.line(
+                        f"the workers were started again; they go on after update {line['update']}"
+                    )
 
     log = run_log.LogTail(run.logs, "rank-0")
-    groups = 0
+    watched = RunDirectory(run.location)  # whose looks need not wait for a store
+    pause = _LOOK_STORE_SECONDS if is_url(run.location) else _LOOK_SECONDS
+    groups, outage = 0, False
     with console.training(recipe.training.steps) as progress:
         tracker.attach_spool(run.metrics, show)
         threading.Thread(target=work, name="training", daemon=True).start()
@@ -331,26 +374,18 @@ def _supervise(
         # Not Thread.join: Ctrl-C during it makes Python 3.11 take the thread for dead.
         while not ended.is_set():
             try:
-                ended.wait(0.5)
-                track()
-                for line in log.read():
-                    if line["level"] in ("WARNING", "ERROR"):
-                        console.warning(line["message"])
-                    elif line.get("event") == "state ready":
-                        groups += 1
-                        if groups > 1:
-                            console.line(
-                                f"the workers were started again; they go on after update"
-                                f" {line['update']}"
-                            )
+                ended.wait(pause)
+                look()
             except KeyboardInterrupt:
                 if asked:
                     raise
                 asked = True
-                run.request_stop(True)
                 console.line("Ctrl-C: saving at the next batch, then stopping (again: at once)")
+                with _outage_told(console):
+                    run.request_stop(True)
         tracker.detach_spool()
-        track(last=True)
+        with _outage_told(console):
+            track(last=True)
     [outcome] = result
     if isinstance(outcome, BaseException):
         raise outcome

@@ -11,5 +11,9 @@ class CorpusError(Exception):
         super().__init__(message.translate(_CONTROLS))
 
 
+class PassingFaultError(CorpusError):
+    """A store did not answer as it should; the same request may succeed later."""
+
+
 class NewerFormatError(CorpusError):
     """A corpus was written by a later version of this program and must not be touched by this."""

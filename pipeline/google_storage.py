@@ -21,14 +21,34 @@ _REQUEST_SECONDS = 120.0
 """No request may last longer: one of 8 MiB then moves under 70 kB/s."""
 
 
+_OTHER_CLIENTS = {
+    # Tensorstore, which moves checkpoints' arrays, would wait for a silent server for ever.
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "60",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "30",
+}
+
+
 def file_system() -> "GCSFileSystem":
-    """This process's connection; raises `CorpusError` if the credentials named are not there."""
+    """This process's connection; raises `CorpusError` if the credentials named are not there.
+
+    From the first call on, the other clients of this process and its children (Orbax's gcsfs and
+    tensorstore, which read the environment) ask the same server.
+    """
     # A child that was forked must not use its parent's connections.
     return _connect(os.environ.get("STORAGE_EMULATOR_HOST", ""), os.getpid())
 
 
 @functools.cache
 def _connect(emulator: str, process: int) -> "GCSFileSystem":
+    others = dict(_OTHER_CLIENTS)
+    if emulator:
+        others["TENSORSTORE_GCS_HTTP_URL"] = emulator
+        # Else gcsfs, where Orbax imports it, asks the emulator for a gRPC service: 60 s a bucket.
+        others["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+    for name, value in others.items():
+        os.environ.setdefault(name, value)
+
     import aiohttp
 
     # Not gcsfs.GCSFileSystem, which asks a bucket's kind by gRPC first: a minute where that port
@@ -91,6 +111,17 @@ def status(error: Exception) -> int | None:
     if isinstance(error, requests.exceptions.ProxyError):
         return 502
     return 403 if str(error).startswith("Forbidden") else None
+
+
+def passing(error: Exception) -> bool:
+    """Whether the same request may succeed once the store is well."""
+    import aiohttp
+    from google.auth.exceptions import TransportError
+
+    code = status(error)
+    if code is not None:
+        return code in (408, 429) or code >= 500
+    return isinstance(error, TimeoutError | aiohttp.ClientError | TransportError)
 
 
 def may_start_again(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from tempfile import gettempdir
 from typing import Any, BinaryIO
 
 from pipeline import google_storage
-from pipeline.errors import CorpusError
+from pipeline.errors import CorpusError, PassingFaultError
 from pipeline.storage import Entry, checked_name
 
 _PIECE_BYTES = 8 * 1024 * 1024
@@ -237,9 +237,8 @@ class ObjectStore:
             raise
         except google_storage.failures() as error:
             where = f"{self.location}/{name}".rstrip("/")
-            raise CorpusError(
-                f"{where}: cannot be {deed}: {google_storage.reason(error)}"
-            ) from None
+            kind = PassingFaultError if google_storage.passing(error) else CorpusError
+            raise kind(f"{where}: cannot be {deed}: {google_storage.reason(error)}") from None
 
 
 class _ObjectFile(io.RawIOBase):

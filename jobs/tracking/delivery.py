@@ -144,9 +144,9 @@ class Delivery:
         if self._sender.is_alive():
             self._sender.join(timeout=limit_s + 5.0)
         if not self._complete:
-            left = len(segments(self._folder)) if self._folder else 0
             kept = f"; metrics wait in {self._folder} for the next start of this run"
-            self._say(f"not everything reached {self._destination.name}{kept if left else ''}")
+            left = kept if self._points_left() else ""
+            self._say(f"not everything reached {self._destination.name}{left}")
         return self._complete
 
     def _show_all(self, folder: Location, on_points: Callable[[list[MetricPoint]], None]) -> None:
@@ -196,7 +196,14 @@ class Delivery:
             time.sleep(min(pause or 1.0, 2.0, left_s))
 
     def _left(self) -> bool:
-        return bool(self._operations or (self._folder and segments(self._folder)))
+        return bool(self._operations) or self._points_left()
+
+    def _points_left(self) -> bool:
+        """Whether points are, or may be where the spool's store does not say."""
+        try:
+            return bool(self._folder and segments(self._folder))
+        except CorpusError:
+            return True
 
     def _tried(self, action: Callable[[], None]) -> bool:
         """Whether `action` went through; says when an outage begins and when it ends."""

@@ -6,6 +6,7 @@ import gc
 import logging
 import shutil
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +23,10 @@ from jobs import checkpoint_manifest
 from jobs.checkpoint_manifest import (
     CheckpointManifest,
     DamagedCheckpointError,
+    arrays_store,
+    commit,
     complete_checkpoints,
     remove,
-    write,
 )
 from jobs.checkpoint_writer import CheckpointWriter
 from jobs.checkpoints import leaf_sums, restore, restore_newest
@@ -51,6 +53,12 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def checkpoint_folder(run: RunDirectory, update: int) -> Path:
     return run.path / "checkpoints" / f"{update:08d}"
+
+
+def arrays_folder(run: RunDirectory, update: int) -> Path:
+    """Where the arrays of the complete checkpoint lie."""
+    [manifest] = [found for found in complete_checkpoints(run) if found.update == update]
+    return Path(arrays_store(run, manifest).location)
 
 
 @contextlib.contextmanager
@@ -298,22 +306,28 @@ def test_the_newest_are_kept_and_the_newest_is_restored(run: RunDirectory):
 
 def test_a_checkpoint_saved_anew_replaces_the_one_before(run: RunDirectory):
     save(run, small_state(1), 2)
-    (checkpoint_folder(run, 2) / "state.tmp-1").mkdir()  # as a killed attempt leaves it
+    first = arrays_folder(run, 2)
+    killed = checkpoint_folder(run, 2) / "state-0-1.orbax-checkpoint-tmp"
+    killed.mkdir()
+    (killed / "half").write_text("as a killed attempt leaves it")
     save(run, small_state(2), 2)
     restored = restore_newest(run, abstract(small_state()))
     assert restored is not None
     assert_same(restored[0], small_state(2))
-    assert {path.name for path in checkpoint_folder(run, 2).iterdir()} == {"state", "manifest.json"}
+    second = arrays_folder(run, 2)
+    assert second != first
+    names = {path.name for path in checkpoint_folder(run, 2).iterdir()}
+    assert names == {second.name, "manifest.json"}
 
 
 class FenceThatFalls(Fence):
-    """A fence that is raised over by another group right before its second check: the commit."""
+    """A fence that is raised over by another group right before its check: the commit."""
 
     checks = 0
 
     def check(self, *, group: bool = True) -> None:
         self.checks += group
-        if group and self.checks == 2:
+        if group and self.checks == 1:
             other = Fence(self._run, self._owner)
             other.raise_over_others()
         super().check(group=group)
@@ -327,9 +341,9 @@ def test_who_lost_the_run_while_saving_does_not_commit(run: RunDirectory):
         writing(run, fence=fence) as writer,
     ):
         writer.save(small_state(2), update=4, next_batch=2, tokens=0)
-    assert fence.checks == 2
+    assert fence.checks == 1
     assert [manifest.update for manifest in complete_checkpoints(run)] == [2]
-    assert (checkpoint_folder(run, 2) / "state").is_dir()
+    assert arrays_folder(run, 2).is_dir()
 
 
 def test_new_arrays_never_meet_an_old_manifest(run: RunDirectory):
@@ -337,16 +351,18 @@ def test_new_arrays_never_meet_an_old_manifest(run: RunDirectory):
     fence = FenceThatFalls(run, "")
     with contextlib.suppress(LeaseLostError), writing(run, fence=fence) as writer:
         writer.save(small_state(2), update=2, next_batch=1, tokens=0)
-    assert (checkpoint_folder(run, 2) / "state").is_dir()
-    assert complete_checkpoints(run) == []
+    restored = restore_newest(run, abstract(small_state()))
+    assert restored is not None
+    assert_same(restored[0], small_state(1))
+    assert len([*checkpoint_folder(run, 2).glob("state-*")]) == 2
 
 
-def test_who_lost_the_run_before_saving_writes_nothing(run: RunDirectory):
+def test_who_lost_the_run_before_saving_changes_nothing(run: RunDirectory):
     save(run, small_state(1), 2)
     with writing(run) as writer:
         (run.path / "lease.json").write_text('{"owner": "another"}')
         with pytest.raises(LeaseLostError, match="another driver"):
-            writer.save(small_state(2), update=2, next_batch=1, tokens=0)
+            writer.save(small_state(2), update=2, next_batch=1, tokens=0, last=True)
     restored = restore_newest(run, abstract(small_state()))
     assert restored is not None
     assert_same(restored[0], small_state(1))
@@ -355,6 +371,8 @@ def test_who_lost_the_run_before_saving_writes_nothing(run: RunDirectory):
 def test_a_failure_in_the_background_is_raised_by_the_next_save(run: RunDirectory):
     with contextlib.suppress(LeaseLostError), writing(run, fence=FenceThatFalls(run, "")) as writer:
         writer.save(small_state(), update=2, next_batch=1, tokens=0)
+        while writer._lost is None:
+            time.sleep(0.01)
         with pytest.raises(LeaseLostError):
             writer.save(small_state(), update=4, next_batch=2, tokens=0)
     assert not checkpoint_folder(run, 4).exists()
@@ -407,12 +425,12 @@ def restored_of(run: RunDirectory) -> tuple[Any, CheckpointManifest]:
 def test_a_flipped_bit_in_any_file_is_detected_or_harmless(two: RunDirectory):
     random = np.random.default_rng(20260101)
     manifest = complete_checkpoints(two)[-1]
-    folder = checkpoint_folder(two, 4)
+    folder = arrays_folder(two, 4)
     expected = copied(small_state(4))
     detected = set()
     assert {"_METADATA", "manifest.ocdbt"} < manifest.files.keys()
     for name in manifest.files:
-        path = folder / "state" / name
+        path = folder / name
         content = path.read_bytes()
         for _ in range(4):
             flipped(path, int(random.integers(len(content))), int(random.integers(8)))
@@ -420,7 +438,7 @@ def test_a_flipped_bit_in_any_file_is_detected_or_harmless(two: RunDirectory):
                 found = restore(two, manifest, abstract(small_state()))
             except DamagedCheckpointError as damage:
                 detected.add(name)
-                assert "leaf [" in str(damage) or str(folder / "state") in str(damage)  # noqa: PT017
+                assert "leaf [" in str(damage) or str(folder) in str(damage)  # noqa: PT017
                 assert "\n" not in str(damage)  # noqa: PT017
             else:
                 assert_same(copied(found), expected)
@@ -436,9 +454,9 @@ def test_other_arrays_in_sound_files_are_told_by_the_leaf_sum(two: RunDirectory)
     manifest = complete_checkpoints(two)[-1]
     other = {"weights": state["weights"].at[63, 63].set(1e-30)}
     save(two, other, 8, keep=4)
-    target = checkpoint_folder(two, 6) / "state"
+    target = arrays_folder(two, 6)
     shutil.rmtree(target)
-    shutil.copytree(checkpoint_folder(two, 8) / "state", target)
+    shutil.copytree(arrays_folder(two, 8), target)
     exchanged = dataclasses.replace(manifest, files=complete_checkpoints(two)[-1].files)
     with pytest.raises(DamagedCheckpointError, match=r"leaf \['weights'\] does not have the sum"):
         restore(two, exchanged, abstract(state))
@@ -449,7 +467,7 @@ def test_a_file_with_another_length_is_named_and_the_one_before_taken(
     two: RunDirectory, harm: Any, errors: list[str]
 ):
     manifest = complete_checkpoints(two)[-1]
-    state_folder = checkpoint_folder(two, 4) / "state"
+    state_folder = arrays_folder(two, 4)
     for name in manifest.files:
         content = (state_folder / name).read_bytes()
         harm(state_folder / name)
@@ -516,13 +534,15 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_detected_or_harmless(two: Run
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("what", ["manifest.json", "state/manifest.ocdbt"])
+@pytest.mark.parametrize("what", ["manifest.json", "manifest.ocdbt"])
 def test_where_every_checkpoint_is_damaged_training_does_not_begin_anew(
     two: RunDirectory, what: str
 ):
-    for update in (2, 4):
-        truncated(checkpoint_folder(two, update) / what)
-        flipped(checkpoint_folder(two, update) / what, 30, 3)
+    manifests = what == "manifest.json"
+    folders = [(checkpoint_folder if manifests else arrays_folder)(two, n) for n in (2, 4)]
+    for folder in folders:
+        truncated(folder / what)
+        flipped(folder / what, 30, 3)
     with pytest.raises(UserError, match="no checkpoint of run first is intact") as caught:
         restore_newest(two, abstract(small_state()))
     assert "\n" not in str(caught.value)
@@ -531,7 +551,7 @@ def test_where_every_checkpoint_is_damaged_training_does_not_begin_anew(
 
 def test_a_newer_format_asks_for_an_upgrade(two: RunDirectory):
     manifest = complete_checkpoints(two)[-1]
-    write(two, dataclasses.replace(manifest, format_version=3))
+    commit(two, dataclasses.replace(manifest, format_version=3), lambda: None)
     with pytest.raises(UserError, match=r"format 3 is newer than 2.*upgrade") as caught:
         restore_newest(two, abstract(small_state()))
     assert "manifest.json" in str(caught.value)

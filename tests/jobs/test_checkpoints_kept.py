@@ -111,7 +111,7 @@ def test_a_save_that_would_wait_is_skipped_and_the_last_one_waits(run: RunDirect
         threading.Timer(0.2, stored.set).start()
         save(writer, 8)
         assert [found.update for found in complete_checkpoints(run)] == [2, 8]
-        assert writer.figures()["checkpoint/lag_seconds"] > 0
+        assert writer.figures()["checkpoint/upload_lag_seconds"] > 0
     logging.getLogger("tvq.checkpoints").removeHandler(handler)
     assert [line for line in said if "update 4 is skipped" in line]
     assert [line for line in said if "update 6 is skipped" in line]

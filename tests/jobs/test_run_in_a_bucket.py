@@ -14,7 +14,7 @@ import pytest
 
 from jobs.checkpoint_manifest import (
     DamagedCheckpointError,
-    checkpoint_store,
+    arrays_store,
     complete_checkpoints,
     newest_update,
 )
@@ -302,7 +302,7 @@ def test_a_flipped_byte_of_any_object_is_detected_or_harmless(bucket: str):
     run.claim("identity", {}, "")
     save(run, small_state(2), 2)
     [manifest] = complete_checkpoints(run)
-    store, expected = checkpoint_store(run, 2).child("state"), copied(small_state(2))
+    store, expected = arrays_store(run, manifest), copied(small_state(2))
     random, detected = np.random.default_rng(11), set[str]()
     for name in manifest.files:
         content = store.read(name)
