@@ -155,23 +155,42 @@ def import_(checkpoint: Path, root: Root, name: str, as_json: bool, **options: A
     epilog="""\b
 Examples:
   tvq evaluate tiny
-  tvq evaluate tiny --split test --json"""
+  tvq evaluate tiny --split test --carry --json
+  tvq evaluate runs/tiny/checkpoints/00000400 --length 16384
+  tvq evaluate tiny --workers 4 --dump tokens.parquet"""
 )
-@click.argument("run")
+@click.argument("run", metavar="RUN|CHECKPOINT")
 @click.option(
     "--split", type=click.Choice(["validation", "test"]), default="validation", show_default=True
 )
+@click.option("--update", type=click.IntRange(1), help="Of the checkpoint; default: the newest.")
+@click.option(
+    "--length", type=click.IntRange(1), help="Tokens of a window (T); default: as in training."
+)
+@click.option(
+    "--carry", is_flag=True,
+    help="Hand the cache on through each document: every token sees all of it that is before.",
+)  # fmt: skip
+@click.option(
+    "--workers", type=click.IntRange(0), default=0, show_default=True,
+    help="Ray workers, any number with the same result; 0: this process.",
+)  # fmt: skip
+@click.option(
+    "--dump", type=click.Path(dir_okay=False, path_type=Path),
+    help="Parquet file for the log-probability of every token.",
+)  # fmt: skip
 @root_option
 @json_option
-def evaluate(run: str, split: str, root: Root, as_json: bool) -> None:
-    """Measure RUN's newest checkpoint on a held-out split, every token exactly once.
+def evaluate(run: str, split: str, root: Root, as_json: bool, **options: Any) -> None:
+    """Measure a checkpoint on a held-out split, every token exactly once.
 
-    Next to its bits per byte stand gzip and xz on the same text. The figures are added to the
-    run in MLflow.
+    Next to its bits per byte stand gzip and xz on the same text, and the loss by how much text a
+    token had before it. The figures are added to the run in MLflow, and with those of each
+    document they are kept in the run's folder.
     """
     from jobs.evaluate import evaluate_command
 
-    evaluate_command(root, run, split, console=new_console(as_json), as_json=as_json)
+    evaluate_command(root, run, split, console=new_console(as_json), as_json=as_json, **options)
 
 
 @cli.command(
