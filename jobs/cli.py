@@ -11,9 +11,11 @@ import click
 
 from jobs.cli_bench import bench
 from jobs.cli_data import inspect, prepare, verify
+from jobs.cli_flow import flow
 from jobs.cli_options import OrderedGroup, Root, json_option, root_option
 from jobs.cli_options import console as new_console
 from jobs.cli_runs import checkpoints
+from jobs.cli_schedule import schedule
 from jobs.errors import ExitCode, UserError
 
 
@@ -249,6 +251,8 @@ def sample(run: str, root: Root, as_json: bool, **options: Any) -> None:
 
 cli.add_command(bench)
 cli.add_command(checkpoints)
+cli.add_command(flow)
+cli.add_command(schedule)
 
 
 @cli.command(

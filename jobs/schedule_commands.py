@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 from jobs.alerts import Hook
 from jobs.console import Console, clock_time
 from jobs.errors import UserError
-from jobs.flow import load_flow
+from jobs.flow_file import load_flow
 from jobs.schedule import Result, Schedule, ScheduleFolder, Tick, list_schedules
 from jobs.ticks import tick_id
 from pipeline.storage import Location
@@ -37,9 +37,7 @@ def add_command(
     hook = None
     if alert_command is not None or alert_webhook is not None:
         hook = Hook(_split(alert_command or ""), alert_webhook)
-    schedule = Schedule(
-        name=loaded.name, since=tick_id(datetime.now(UTC)), alert=hook, **fields
-    )
+    schedule = Schedule(name=loaded.name, since=tick_id(datetime.now(UTC)), alert=hook, **fields)
     first = schedule.ticks().next(datetime.now(UTC))  # refuses what is no expression
     folder = ScheduleFolder(root, schedule.name)
     before = folder.load()
@@ -51,7 +49,7 @@ def add_command(
             )
         schedule = before
     # The flow first: a daemon that finds a schedule finds what it is to run.
-    folder.store.write("flow.yaml", loaded.to_yaml().encode())
+    folder.store.write("flow.yaml", loaded.absolute().to_yaml().encode())
     if before is None:
         folder.create(schedule)
     else:
@@ -102,9 +100,7 @@ def list_command(root: Location, *, console: Console, as_json: bool) -> None:
     )
 
 
-def next_command(
-    root: Location, name: str, count: int, *, console: Console, as_json: bool
-) -> None:
+def next_command(root: Location, name: str, count: int, *, console: Console, as_json: bool) -> None:
     """The next ticks."""
     schedule = _existing(root, name)[1]
     ticks = list(islice(schedule.ticks().after(datetime.now(UTC)), count))
