@@ -202,7 +202,7 @@ class ScheduleFolder:
         newest = [tick for tick in ordered if not tick.by_hand][-1:]
         old = []
         for tick in ordered[: max(0, len(ordered) - keep)]:
-            if not tick.settled or tick in newest:
+            if tick in newest or not (tick.settled or tick.id < self.horizon()):
                 break
             old.append(tick)
         if not old:

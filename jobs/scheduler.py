@@ -243,6 +243,9 @@ class Scheduler:
             claim = self._new_claim(folder, tick)
             if claim.take() is not None:
                 return False
+            if tick.id < folder.horizon():  # it was over: who removed it died at that
+                folder.store.remove_tree(f"ticks/{tick.id}")
+                return False
             self._say(f"{key.schedule} {key.tick}: taken over from a daemon that is gone")
             self._hold(folder, tick, claim)
         elif now - self._renewed[key] > self._claim_seconds / 4:

@@ -115,29 +115,27 @@ def hours(*which: int) -> list[str]:
 
 
 def test_a_year_of_ticks_over_both_changes_of_the_clock(tmp_path: Path):
-    folder = add(tmp_path, cron="30 2 * * *", timezone="Europe/Berlin", history=400)
+    folder = add(tmp_path, cron="30 2 * * *", timezone="Europe/Berlin", history=20)
     clock = Clock()
     cluster = Cluster(clock, seconds=600)
     scheduler = Scheduler(tmp_path, cluster, clock=clock)
     while clock.now < BEGIN.timestamp() + 365 * 86400:
-        scheduler.step()
-        clock.now += 1199  # a daemon that looks three times an hour
+        due = scheduler.step()
+        clock.now = clock.now + 601 if scheduler.open else due + 7
     ticks = folder.load().ticks()  # pyright: ignore[reportOptionalMemberAccess]
-    end = datetime.fromtimestamp(clock.now, UTC)
+    end = BEGIN + timedelta(days=365)
     expected = [tick_id(tick) for tick in takewhile(lambda t: t <= end, ticks.after(BEGIN))]
     assert len(expected) == 365
     assert "20260329T010000Z" in expected  # 02:30 was skipped: at 03:00 summer time
     assert "20261025T003000Z" in expected  # 02:30 came twice: the first
     assert "20261025T013000Z" not in expected
-    assert outcomes(folder) == dict.fromkeys(expected, "succeeded")
+    assert outcomes(folder) == dict.fromkeys(expected[-20:], "succeeded")
     assert cluster.launches == dict.fromkeys([f"nightly-{id}" for id in expected], 1)
-    # At its time: the daemon looked within twenty minutes.
-    for id in expected:
-        late = cluster.launched[f"nightly-{id}"] - _instant(id)
-        assert 0 <= late < 1200
+    late = [cluster.launched[f"nightly-{id}"] - _instant(id) for id in expected]
+    assert set(late) == {7}
 
 
-@pytest.mark.parametrize("overlap", ["skip", "queue"])
+@pytest.mark.parametrize("overlap", ["skip", pytest.param("queue", marks=pytest.mark.slow)])
 def test_a_daemon_that_dies_at_any_step_loses_no_tick_and_repeats_none(
     tmp_path: Path, monkeypatch, overlap
 ):
@@ -145,11 +143,12 @@ def test_a_daemon_that_dies_at_any_step_loses_no_tick_and_repeats_none(
     while True:
         steps += 1
         root = tmp_path / f"{steps}"
+        alerts = root / "alerts"
         folder = add(
             root,
             overlap=overlap,
-            history=3,
-            alert=Hook(command=("/bin/sh", "-c", f"cat >> {root}/alerts")),
+            history=2,
+            alert=Hook(command=("/bin/sh", "-c", f"cat >> {alerts}")),
         )
         clock = Clock(BEGIN + timedelta(minutes=30))
         cluster = Cluster(clock, seconds=60)
@@ -160,23 +159,24 @@ def test_a_daemon_that_dies_at_any_step_loses_no_tick_and_repeats_none(
             "jobs.schedule.open_store", lambda at, f=fate: Mortal(LocalStore(at), f)
         )
         scheduler = Scheduler(root, Mortal(cluster, fate), clock=clock)
-        while clock.now < (BEGIN + timedelta(hours=5, minutes=40)).timestamp():
+        while clock.now < (BEGIN + timedelta(hours=4, minutes=40)).timestamp():
             try:
                 scheduler.step()
             except Killed:
                 assert not died
                 died = True
                 scheduler = Scheduler(root, cluster, clock=clock)
-            clock.now += 20
+            clock.now += 300
         monkeypatch.undo()
         found = outcomes(folder)
-        assert list(found) == hours(3, 4, 5), f"died at step {steps}"
-        assert set(found.values()) == {"succeeded"}
-        assert cluster.launches == {f"nightly-{id}": 1 for id in hours(1, 2, 3, 4, 5)}
-        events = [json.loads(line) for line in (root / "alerts").read_text().splitlines()]
+        # Who dies in removing the oldest leaves that to the next tick.
+        assert list(found)[-2:] == hours(3, 4), f"died at step {steps}"
+        assert set(list(found.values())[-2:]) == {"succeeded"}
+        assert cluster.launches == {f"nightly-{id}": 1 for id in hours(1, 2, 3, 4)}
+        events = [json.loads(line) for line in alerts.read_text().splitlines()]
         told = [(event["event"], event["tick"]) for event in events]
         assert set(told) == {("failure", hours(2)[0]), ("recovery", hours(3)[0])}
-        assert len(told) <= 3 if died else 2  # told twice at most where it died in telling
+        assert len(told) <= (3 if died else 2)  # told twice at most where it died in telling
         if not died:
             break
     assert steps > 30
