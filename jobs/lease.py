@@ -6,11 +6,13 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from jobs.claims import Claim, holder_of
 from jobs.errors import ExitCode, UserError
 from jobs.run_directory import RunDirectory
 from pipeline.errors import CorpusError
+from pipeline.storage import Store
 
 log = logging.getLogger("tvq.lease")
 
@@ -20,6 +22,13 @@ class LeaseLostError(UserError):
 
     def __init__(self, message: str, code: ExitCode = ExitCode.BUSY):
         super().__init__(message, code)
+
+
+class Held(Protocol):
+    """What one driver at a time may write to: a run's folder, or a registered model's."""
+
+    name: str
+    store: Store
 
 
 class Lease:
@@ -32,15 +41,19 @@ class Lease:
 
     def __init__(
         self,
-        run: RunDirectory,
+        run: Held,
         *,
         clock: Callable[[], float] = time.time,
         renew_seconds: float = 5,
         expire_seconds: float = 60,
+        busy: str = "run {name}: is being trained by {holder}; wait for it, stop it, or choose"
+        " another name with --run",
     ):
+        """`busy` is what is said where somebody else holds it."""
         self._claim = Claim(run.store, clock=clock, expire_seconds=expire_seconds)
         self.owner = self._claim.owner
         self._name = run.name
+        self._busy = busy
         self._clock = clock
         self._renew_seconds = renew_seconds
 
@@ -53,12 +66,11 @@ class Lease:
         """
         if holder := self._claim.take():
             age = self._clock() - holder.heartbeat
-            raise UserError(
-                f"run {self._name}: is being trained by process {holder.pid} on"
-                f" {holder.host} (lease {holder.owner[:8]}, renewed {age:.0f} s ago);"
-                " wait for it, stop it, or choose another name with --run",
-                ExitCode.BUSY,
+            who = (
+                f"process {holder.pid} on {holder.host} (lease {holder.owner[:8]}, renewed"
+                f" {age:.0f} s ago)"
             )
+            raise UserError(self._busy.format(name=self._name, holder=who), ExitCode.BUSY)
         try:
             with self._claim.renewed(self._renew_seconds, f"run {self._name}"):
                 yield self
