@@ -11,7 +11,7 @@ import click
 
 from jobs.cli_bench import bench
 from jobs.cli_data import inspect, prepare, verify
-from jobs.cli_flow import flow
+from jobs.cli_flow import flow, sweep
 from jobs.cli_options import OrderedGroup, Root, json_option, root_option
 from jobs.cli_options import console as new_console
 from jobs.cli_runs import checkpoints
@@ -253,6 +253,7 @@ cli.add_command(bench)
 cli.add_command(checkpoints)
 cli.add_command(flow)
 cli.add_command(schedule)
+cli.add_command(sweep)
 
 
 @cli.command(

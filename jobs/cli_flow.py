@@ -51,3 +51,31 @@ def show(flow: str, root: Root, as_json: bool) -> None:
     from jobs.flow import show_command
 
     show_command(flow, root, console=console(as_json), as_json=as_json)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  tvq sweep rates.yaml
+  tvq sweep rates.yaml --json
+
+\b
+rates.yaml:
+  train: small data.corpus=corpora/books training.steps=400
+  search: grid                      or random, or optuna, with trials: 20
+  space:
+    optimizer.learning_rate: [1e-3, 2e-3, 4e-3]
+  seeds: [0, 1, 2]
+  early_stopping: {after: 100, reduction: 3}"""
+)
+@click.argument("sweep")
+@root_option
+@json_option
+def sweep(sweep: str, root: Root, as_json: bool) -> None:
+    """Train what SWEEP's file spans, each with every seed, and say which values are best.
+
+    The same command goes on where it was: a training that is done is not done again.
+    """
+    from jobs.sweep import sweep_command
+
+    sweep_command(sweep, root, console=console(as_json), as_json=as_json)

@@ -120,6 +120,13 @@ def load_flow(location: str | Path) -> Flow:
         UserError: there is none, or a field is wrong; names it.
     """
     where = f"flow {location}"
+    flow = _flow(read_tree(location, where), Path(location).stem, where)
+    flow.recipe()  # refuses what is wrong with it now and not at two in the night
+    return flow
+
+
+def read_tree(location: str | Path, where: str) -> dict[str, Any]:
+    """The fields of a YAML file, in a folder or in a bucket, without credentials."""
     folder, _, name = str(location).rpartition("/")
     try:
         text = open_store(folder or ("/" if str(location).startswith("/") else ".")).read(name)
@@ -129,18 +136,16 @@ def load_flow(location: str | Path) -> Flow:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not a text file in UTF-8: {error}") from None
     refuse_credentials(tree, where)
-    flow = _flow(tree, Path(name).stem, where)
-    flow.recipe()  # refuses what is wrong with it now and not at two in the night
-    return flow
+    return tree
 
 
 def _flow(tree: dict[str, Any], stem: str, where: str) -> Flow:
     known = ["name", "prepare", "train", "begin_from", "promote"]
-    _refuse_unknown(tree, known, where)
+    refuse_unknown(tree, known, where)
     promote = tree.get("promote") or {}
     if not isinstance(promote, dict):
         raise UserError(f"{where}: promote: expected metric and min_delta, got {promote!r}")
-    _refuse_unknown(promote, ["metric", "min_delta"], f"{where}: promote")
+    refuse_unknown(promote, ["metric", "min_delta"], f"{where}: promote")
     begin_from = tree.get("begin_from", "scratch")
     if begin_from not in get_args(BeginFrom):
         raise UserError(f"{where}: begin_from: expected scratch or champion, got {begin_from!r}")
@@ -157,15 +162,16 @@ def _flow(tree: dict[str, Any], stem: str, where: str) -> Flow:
         raise UserError(f"{where}: name: expected a text, got {name!r}")
     return Flow(
         name=name,
-        prepare=_words(tree, "prepare", where),
-        train=_words(tree, "train", where),
+        prepare=words(tree, "prepare", where),
+        train=words(tree, "train", where),
         begin_from=begin_from,
         metric=metric,
         min_delta=float(min_delta),
     )
 
 
-def _words(tree: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
+def words(tree: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
+    """What follows a command on a command line: a text, or a list of words."""
     value = tree.get(field)
     if isinstance(value, str):
         try:
@@ -180,7 +186,8 @@ def _words(tree: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _refuse_unknown(tree: dict[str, Any], known: list[str], where: str) -> None:
+def refuse_unknown(tree: dict[str, Any], known: list[str], where: str) -> None:
+    """Raises UserError for a field that is not known; names the nearest one."""
     for name in tree:
         if name not in known:
             close = nearest(str(name), known)

@@ -22,7 +22,7 @@ PACKAGES = ("pipeline", "model", "jobs")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "ray", "mlflow")
 
-RAY_IN_JOBS = {"jax_backend.py", "ray_scoring.py", "ray_session.py", "trainer.py"}
+RAY_IN_JOBS = {"jax_backend.py", "ray_scoring.py", "ray_session.py", "trainer.py", "sweep.py"}
 """The thin files of `jobs` that know Ray."""
 MLFLOW = "jobs/tracking"
 """The folder that knows MLflow."""

@@ -37,12 +37,22 @@ class ParentRun:
 
         return cls(store_of(recipe, root), recipe.tracking.experiment, key, warn)
 
-    def adopt(self, run_id: str | None) -> None:
-        """Shows a training's run under this one, unless it is under another already."""
+    def adopt(self, run_id: str | None, ended: str | None = None) -> None:
+        """Shows a training's run under this one, unless it is under another already.
+
+        Args:
+            run_id: the training's; None: it has none, which its own warnings say.
+            ended: what it ended as, if it was killed before it could say so.
+        """
 
         def adopt(client: "MlflowClient", parent: str) -> None:
-            if run_id is not None and PARENT_TAG not in client.get_run(run_id).data.tags:
+            if run_id is None:
+                return
+            run = client.get_run(run_id)
+            if PARENT_TAG not in run.data.tags:
                 client.set_tag(run_id, PARENT_TAG, parent)
+            if ended and run.info.status == "RUNNING":
+                client.set_terminated(run_id, ended)
 
         self._call(adopt)
 
