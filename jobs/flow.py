@@ -127,13 +127,13 @@ def _run(flow: Flow, folder: FlowFolder, root: Location, console: Console) -> Fl
         corpus = stage("prepare", None, Corpus, stages.prepare)
         parent.stage("prepare", _figures(corpus, "documents", "tokens", "increments"))
         key = stages.train_key(corpus, champion)
-        candidate = stage("train", key, Candidate, lambda: stages.train(key, champion))
+        candidate = stage("train", key, Candidate, lambda: stages.train(key, corpus, champion))
         parent.adopt(candidate.mlflow_run_id)
         verdict = stage(
             "judge",
             stages.judge_key(corpus, candidate, champion),
             Verdict,
-            lambda: stages.judge(candidate, champion),
+            lambda: stages.judge(corpus, candidate, champion),
         )
         parent.stage(
             "judge",

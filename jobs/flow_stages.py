@@ -25,6 +25,10 @@ class Champion(NamedTuple):
     update: int
     weights: str
     """Hash of its arrays."""
+    identity: str
+    """Of the flow's recipe that it was trained by."""
+    trained_on: str
+    """Fingerprint of the train split."""
 
 
 class Corpus(NamedTuple):
@@ -112,17 +116,20 @@ class Stages:
 
     def train_key(self, corpus: Corpus, champion: Champion | None) -> str:
         """Of the mathematics, the text, and where it begins."""
-        from jobs import recipe as recipes
-
-        identity = recipes.identity(recipes.resolve(self.flow.recipe()))
         begin = champion.weights if champion and self.flow.begin_from == "champion" else None
-        return _key("train", identity, corpus.fingerprints, begin)
+        return _key("train", self._identity(), corpus.fingerprints, begin)
 
-    def train(self, key: str, champion: Champion | None) -> Candidate:
+    def train(self, key: str, corpus: Corpus, champion: Champion | None) -> Candidate:
         """A training under a name made of its key: one that broke goes on, one that is done is
-        found."""
+        found. The champion itself if it was trained by this recipe on this text."""
         from jobs.train import train
 
+        if champion and (champion.identity, champion.trained_on) == (
+            self._identity(),
+            corpus.fingerprints["train"],
+        ):
+            self.console.line("nothing is new since the champion was trained")
+            return Candidate(champion.run, champion.update, champion.weights, None)
         begin = None
         if champion and self.flow.begin_from == "champion":
             begin = f"{champion.run}@{champion.update}"
@@ -148,7 +155,7 @@ class Stages:
             self.flow.min_delta,
         )
 
-    def judge(self, candidate: Candidate, champion: Champion | None) -> Verdict:
+    def judge(self, corpus: Corpus, candidate: Candidate, champion: Champion | None) -> Verdict:
         """Evaluates both on the frozen validation split; the better one is champion afterwards."""
         from jobs.evaluate import evaluate_run
 
@@ -181,16 +188,28 @@ class Stages:
                 return Verdict("refused", why, ours.bits_per_byte, None)
             verdict = _decide(ours, theirs, self.flow)
         if verdict.outcome == "promoted":
-            self._crown(candidate)
+            self._crown(corpus, candidate)
         return verdict
 
-    def _crown(self, candidate: Candidate) -> None:
+    def _identity(self) -> str:
+        from jobs import recipe as recipes
+
+        return recipes.identity(recipes.resolve(self.flow.recipe()))
+
+    def _crown(self, corpus: Corpus, candidate: Candidate) -> None:
         from jobs.checkpoint_manifest import pin
 
         run = RunDirectory(candidate.run)
         pin(run, candidate.update, True)  # no retention takes the champion away
-        fields = Champion(candidate.run, candidate.update, candidate.weights)._asdict()
-        self.store.write("champion.json", (json.dumps(fields, indent=2) + "\n").encode())
+        champion = Champion(
+            run=candidate.run,
+            update=candidate.update,
+            weights=candidate.weights,
+            identity=self._identity(),
+            trained_on=corpus.fingerprints["train"],
+        )
+        text = json.dumps(champion._asdict(), indent=2) + "\n"
+        self.store.write("champion.json", text.encode())
 
 
 def _decide(ours: Any, theirs: Any, flow: Flow) -> Verdict:

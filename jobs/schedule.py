@@ -2,15 +2,14 @@
 
 <root>/schedules/<name>/schedule.json   when, and by what policy
                         flow.yaml       the flow that is run, as it was when it was added
-                        ticks/<tick>/lease.json     who saw to it (jobs/claims.py); never removed
-                                                    before the whole tick is
-                                     request.json   there before it: somebody asked for it by hand
-                                     attempt-1.json ...  launched, or about to be
-                                     waiting.json   it came in time and waits for an earlier one
-                                     replaced.json  a newer tick wants its place
-                                     result.json    what came of it; the first one stands
-                                     alerted.json   the alert about it was sent, or given up
-                        horizon/<tick>  the oldest tick that is kept
+<root>/ticks/<name>/<tick>/lease.json     who saw to it (jobs/claims.py)
+                           request.json   there before it: somebody asked for it by hand
+                           attempt-1.json ...  launched, or about to be
+                           waiting.json   it came in time and waits for an earlier one
+                           replaced.json  a newer tick wants its place
+                           result.json    what came of it; the first one stands
+                           alerted.json   the alert about it was sent, or given up
+                    horizon/<tick>      the oldest tick that is kept
 """
 
 import dataclasses
@@ -123,6 +122,8 @@ class ScheduleFolder:
             )
         self.name = name
         self.store: Store = open_store(root).child(f"schedules/{name}")
+        # Apart: who lists the schedules is not to list all ticks.
+        self._ticks: Store = open_store(root).child(f"ticks/{name}")
 
     @staticmethod
     def existing(root: Location, name: str) -> "ScheduleFolder":
@@ -164,14 +165,15 @@ class ScheduleFolder:
 
     def tick(self, id: str) -> Store:
         """The folder of a tick."""
-        return self.store.child(f"ticks/{id}")
+        return self._ticks.child(id)
 
     def ticks(self) -> list[Tick]:
         """All ticks that there is something of, oldest first."""
         found: dict[str, Tick] = {}
-        for entry in self.store.list("ticks"):
-            _, id, *rest = entry.name.split("/")
-            found.setdefault(id, Tick(id)).files.add("/".join(rest))
+        for entry in self._ticks.list():
+            id, _, file = entry.name.partition("/")
+            if id != "horizon":
+                found.setdefault(id, Tick(id)).files.add(file)
         return sorted(found.values(), key=lambda tick: tick.id)
 
     def result(self, id: str) -> Result | None:
@@ -183,7 +185,17 @@ class ScheduleFolder:
 
     def horizon(self) -> str:
         """Id of the oldest tick that is kept: an older one is over, whatever lies there."""
-        return max((e.name.split("/")[1] for e in self.store.list("horizon")), default="")
+        return max((e.name.split("/")[1] for e in self._ticks.list("horizon")), default="")
+
+    def forget(self, id: str) -> None:
+        """Removes a tick."""
+        self._ticks.remove_tree(id)
+
+    def remove(self) -> None:
+        """Removes the schedule and all its ticks."""
+        self.store.remove("schedule.json")  # first: no daemon begins another tick
+        self.store.remove_tree("")
+        self._ticks.remove_tree("")
 
     def request(self, now: datetime) -> str:
         """Asks for a run now; returns the id of its tick."""
@@ -208,12 +220,12 @@ class ScheduleFolder:
         if not old:
             return
         horizon = ordered[len(old)].id
-        self.store.create(f"horizon/{horizon}", b"{}\n")
-        for entry in self.store.list("horizon"):
+        self._ticks.create(f"horizon/{horizon}", b"{}\n")
+        for entry in self._ticks.list("horizon"):
             if entry.name < f"horizon/{horizon}":
-                self.store.remove(entry.name)
+                self._ticks.remove(entry.name)
         for tick in old:
-            self.store.remove_tree(f"ticks/{tick.id}")
+            self.forget(tick.id)
             ticks.remove(tick)
 
 

@@ -164,8 +164,7 @@ def pause_command(root: Location, name: str, wanted: bool, *, console: Console) 
 def remove_command(root: Location, name: str, *, console: Console) -> None:
     """Removes a schedule with its history."""
     folder, _ = _existing(root, name)
-    folder.store.remove("schedule.json")  # first: no daemon begins another tick
-    folder.store.remove_tree("")
+    folder.remove()
     console.line(f"schedule {name}: removed")
 
 

@@ -201,7 +201,7 @@ class Scheduler:
         won = claim.create()
         tick.files.add("lease.json")
         if won and tick.id < folder.horizon():  # it was over, and removed, since we listed it
-            folder.store.remove_tree(f"ticks/{tick.id}")
+            folder.forget(tick.id)
             return False
         if won:
             self._hold(folder, tick, claim)
@@ -244,7 +244,7 @@ class Scheduler:
             if claim.take() is not None:
                 return False
             if tick.id < folder.horizon():  # it was over: who removed it died at that
-                folder.store.remove_tree(f"ticks/{tick.id}")
+                folder.forget(tick.id)
                 return False
             self._say(f"{key.schedule} {key.tick}: taken over from a daemon that is gone")
             self._hold(folder, tick, claim)
