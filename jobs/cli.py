@@ -11,10 +11,12 @@ import click
 
 from jobs.cli_bench import bench
 from jobs.cli_data import inspect, prepare, verify
+from jobs.cli_flow import flow, sweep
 from jobs.cli_options import OrderedGroup, Root, json_option, root_option
 from jobs.cli_options import console as new_console
 from jobs.cli_registry import lineage, promote, register, reproduce
 from jobs.cli_runs import checkpoints
+from jobs.cli_schedule import schedule
 from jobs.cli_upkeep import gc, logs
 from jobs.errors import ExitCode, UserError
 
@@ -268,6 +270,9 @@ cli.add_command(bench)
 cli.add_command(checkpoints)
 cli.add_command(logs)
 cli.add_command(gc)
+cli.add_command(flow)
+cli.add_command(schedule)
+cli.add_command(sweep)
 
 
 @cli.command(

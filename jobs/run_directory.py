@@ -29,7 +29,16 @@ from pipeline.storage import LocalStore, Location, Store, is_url, open_store
 FORMAT_VERSION = 1
 """Of the run directory, recipe.yaml included."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_RESERVED = {"models", "mlartifacts", "corpora"}
+_RESERVED = {
+    "models",
+    "mlartifacts",
+    "corpora",
+    "flows",
+    "launches",
+    "schedules",
+    "sweeps",
+    "ticks",
+}
 """Folders that lie beside the runs under one root."""
 _STOP_SECONDS = 2.0
 """Between two looks for a stop request in an object store."""

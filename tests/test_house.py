@@ -28,6 +28,7 @@ RAY_IN_JOBS = {
     "ray_scoring.py",
     "ray_session.py",
     "ray_worker.py",
+    "sweep.py",
     "trainer.py",
     "worker_placement.py",
 }
