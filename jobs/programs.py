@@ -1,0 +1,70 @@
+"""The model's functions as the training loop calls them: compiled for its mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jobs.recipe import Recipe
+from model.sharding import abstract_state
+from model.training import (
+    Batch,
+    TrainState,
+    UpdateMetrics,
+    evaluation_step,
+    go_on_from,
+    initial_state,
+    kmeans_codebooks,
+    train_step,
+)
+
+
+class Programs:
+    """What runs on the devices; each program is compiled at its first call.
+
+    A state that is given to one that returns a state is donated: there need not be room for two.
+    """
+
+    def __init__(self, recipe: Recipe, mesh: Mesh):
+        model, optimizer, training = recipe.model, recipe.optimizer, recipe.training
+        length, parts = training.update_length, training.accumulate
+
+        def create() -> TrainState:
+            return initial_state(model, optimizer, training.seed)
+
+        def step(
+            state: TrainState, batch: Batch, flags: jax.Array
+        ) -> tuple[TrainState, UpdateMetrics, jax.Array]:
+            state, metrics = train_step(
+                model, optimizer, length, state, batch,
+                accumulate=parts, spike_deviations=training.spike_deviations,
+            )  # fmt: skip
+            return state, metrics, flags.max()
+
+        def start_codebooks(state: TrainState, batch: Batch) -> TrainState:
+            return kmeans_codebooks(model, length, state, batch, accumulate=parts)
+
+        def evaluate(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            nats = evaluation_step(model, state.params, state.codebooks, batch)
+            return nats.sum(), batch.loss_mask.sum()
+
+        self.abstract: TrainState = abstract_state(mesh, model, create)
+        """Shapes and shardings of the state."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        self.create: Callable[[], TrainState] = jax.jit(create, out_shardings=shardings)
+        """The state before the first batch, each part made where it lies."""
+        self.start_codebooks: Callable[[TrainState, Any], TrainState] = jax.jit(
+            start_codebooks, out_shardings=shardings, donate_argnums=0
+        )
+        """The state with codebooks from k-means over the first update's keys."""
+        self.step: Callable[..., tuple[TrainState, UpdateMetrics, jax.Array]] = jax.jit(
+            step, out_shardings=(shardings, None, None), donate_argnums=0
+        )
+        """(state, batch, flags) -> the state after the batch, its metrics, the highest flag."""
+        self.go_on_from: Callable[[TrainState, TrainState], TrainState] = jax.jit(
+            go_on_from, out_shardings=shardings, donate_argnums=0
+        )
+        """An earlier state at the position of the present one."""
+        self.evaluate: Callable[[TrainState, Any], tuple[jax.Array, jax.Array]] = jax.jit(evaluate)
+        """(state, batch) -> the sum of its targets' nats, and their number."""
