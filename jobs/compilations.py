@@ -24,18 +24,8 @@ from jobs.plan_compile import Facts
 from jobs.recipe import Recipe, flatten, to_yaml
 
 _FORMAT = 1
-_OPERATIONAL = (
-    "training.accumulate",
-    "cluster.data",
-    "cluster.fsdp",
-    "cluster.tensor",
-    "model.attention_form",
-    "model.block_length",
-    "model.parallel_blocks",
-    "model.remat",
-    "model.unrolled_layers",
-)
-"""Fields that make the program though they do not affect the mathematics."""
+_OPERATIONAL = ("training.accumulate", "cluster.data", "cluster.fsdp", "cluster.tensor")
+"""Fields that make the program though they do not affect the mathematics, as all of the model's."""
 _NOT_IN_IT = ("training.seed", "training.max_skipped", "training.max_fallbacks", "data.window")
 
 
@@ -70,7 +60,7 @@ def compile_for(
     Raises:
         UserError: libtpu is missing, the limit was reached, or the recipe cannot be on that mesh.
     """
-    if target.kind == "tpu" and importlib.util.find_spec("libtpu") is None:
+    if target.kind == "tpu" and not has_libtpu():
         raise UserError(
             f"--on {target.text}: needs libtpu, which compiles for TPUs where there is none;"
             " install it with `pip install 'tvq[plan]'`"
@@ -88,14 +78,20 @@ def compile_for(
     }
 
 
+def has_libtpu() -> bool:
+    """Whether there is a compiler for TPUs."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
 def cache_folder() -> Path:
     """TVQ_PLAN_CACHE, or ~/.cache/tvq/plans."""
     return Path(os.environ.get("TVQ_PLAN_CACHE") or "~/.cache/tvq/plans").expanduser()
 
 
 def _key(recipe: Recipe, on: str, program: str) -> str:
-    fields = flatten(recipe, mathematical_only=True)
-    fields |= {name: flatten(recipe)[name] for name in _OPERATIONAL}
+    everything, fields = flatten(recipe), flatten(recipe, mathematical_only=True)
+    fields |= {name: everything[name] for name in everything if name.startswith("model.")}
+    fields |= {name: everything[name] for name in _OPERATIONAL}
     asked = {
         "fields": {name: value for name, value in fields.items() if name not in _NOT_IN_IT},
         "on": on,

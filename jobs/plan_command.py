@@ -29,7 +29,7 @@ def plan_command(
 
     Raises UserError, after it is printed, where the recipe as it stands fits none of them.
     """
-    recipe = recipes.load(name, overrides)
+    recipe, name = recipes.load(name, overrides), Path(name).stem
     asked = [text.strip() for text in targets.split(",")]
     for text in asked:  # all of them, before the first takes minutes
         read_target(text)

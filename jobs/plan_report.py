@@ -94,8 +94,8 @@ def _print_plan(name: str, plan: Plan, console: Console) -> None:
             console.result("no change of accumulation, remat or fsdp is known to make it fit")
     if plan.padded_rows:
         console.result(
-            f"{plan.padded_rows} of {plan.padded_rows + plan.batch_rows} rows are padding: data x fsdp"
-            " does not divide the batch; use cluster.tensor, or another training.batch_size"
+            f"{plan.padded_rows} of {plan.padded_rows + plan.batch_rows} rows are padding: data x"
+            " fsdp does not divide the batch; use cluster.tensor, or another training.batch_size"
         )
     shown = plan.changed or plan
     if plan.changed:
