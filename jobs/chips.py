@@ -6,11 +6,15 @@ Needs neither Ray nor JAX.
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from jobs.accelerators import devices_per_worker
 from jobs.errors import UserError
 from jobs.tpu_slices import tpu_slice
 from model.config import ConfigError
+
+if TYPE_CHECKING:
+    from jobs.recipe import ClusterConfig
 
 GIB = 2**30
 
@@ -104,6 +108,39 @@ def _chips(version: str, topology: str) -> int:
     return chips.hosts * chips.chips_per_host
 
 
-def same_slice(version: str, topology: str) -> Target:
-    """The target that a recipe's own cluster section describes."""
-    return read_target(f"{version}:{topology}")
+def cluster_overrides(target: Target) -> tuple[str, ...]:
+    """What a recipe's cluster section says of these devices, as a user writes it."""
+    if target.kind == "tpu":
+        hosts = tpu_slice(target.version, target.topology).hosts
+        return (
+            "cluster.accelerator=tpu",
+            f"cluster.accelerator_version={target.version}",
+            f"cluster.topology={target.topology}",
+            "cluster.devices_per_worker=null",
+            f"cluster.workers={hosts}",
+        )
+    return (
+        f"cluster.accelerator={target.kind}",
+        "cluster.accelerator_version=null",
+        "cluster.topology=null",
+        f"cluster.devices_per_worker={1 if target.kind == 'cpu' else target.devices}",
+        f"cluster.workers={target.devices if target.kind == 'cpu' else 1}",
+    )
+
+
+def devices_of(cluster: "ClusterConfig") -> str:
+    """The devices that a recipe's own cluster section describes, as `--on` takes them.
+
+    Raises UserError where it does not say: which GPU it is, or a group of several slices.
+    """
+    count = max(cluster.workers, 1) * devices_per_worker(cluster)
+    if cluster.accelerator == "cpu":
+        return f"cpu:{count}"
+    if cluster.accelerator == "tpu":
+        text = f"{cluster.accelerator_version}:{cluster.topology}"
+        if read_target(text).devices == count:
+            return text
+    raise UserError(
+        f"--on: the recipe's cluster ({cluster.workers} workers, {cluster.accelerator}) is not one"
+        " slice or CPUs; name the devices to plan for, such as v5e:4x4 or h100:8"
+    )

@@ -21,8 +21,9 @@ Exit code 2 where a recipe does not fit, whether or not a change is known with w
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
 @click.option(
-    "--on", "targets", required=True, metavar="DEVICES[,DEVICES...]",
-    help="TPU slices (v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:2x4), h100:NUMBER or cpu:NUMBER.",
+    "--on", "targets", metavar="DEVICES[,DEVICES...]",
+    help="TPU slices (v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:2x4), h100:NUMBER or cpu:NUMBER."
+    "  [default: the recipe's cluster]",
 )  # fmt: skip
 @click.option(
     "--attention", "lengths", metavar="T[,T...]",
@@ -43,7 +44,7 @@ Exit code 2 where a recipe does not fit, whether or not a change is known with w
 def plan(
     recipe: str,
     overrides: tuple[str, ...],
-    targets: str,
+    targets: str | None,
     lengths: str | None,
     prices: Path | None,
     figure: Path | None,

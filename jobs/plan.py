@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.chips import GIB, Chip, Target, read_target
+from jobs.chips import GIB, Chip, Target, cluster_overrides, read_target
 from jobs.compilations import Compilation, compile_for
 from jobs.compiled_costs import Cost, read_costs
 from jobs.console import Console
@@ -173,7 +173,7 @@ def plan(
     """
     target, costs = read_target(on), read_prices(prices)
     console = console or Console(quiet=True)
-    recipe = resolve(recipe)
+    recipe = on_target(resolve(recipe), target)
     made = _plan(recipe, target, costs, PROGRAMS, limit_seconds, console)
     if made.fits or not find_changes:
         return made
@@ -346,6 +346,20 @@ def _changes(recipe: Recipe, made: Plan) -> Iterator[dict[str, Any]]:
             continue
         if state + by_rows * now / accumulate <= _FILLED * available or accumulate == rows:
             yield {**changes, "training.accumulate": accumulate}
+
+
+def on_target(recipe: Recipe, target: Target) -> Recipe:
+    """The recipe with the devices of the target in its cluster section, and its mesh.
+
+    Raises UserError where the mesh is not that of so many devices.
+    """
+    _mesh(recipe, target)
+    stated = dict(line.removeprefix("cluster.").split("=") for line in cluster_overrides(target))
+    values = {
+        name: None if text == "null" else int(text) if text.isdigit() else text
+        for name, text in stated.items()
+    }
+    return dataclasses.replace(recipe, cluster=dataclasses.replace(recipe.cluster, **values))
 
 
 def with_changes(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jobs import recipe as recipes
 from jobs.bench import numbers_of_tokens
-from jobs.chips import read_target
+from jobs.chips import cluster_overrides, devices_of, read_target
 from jobs.console import Console
 from jobs.errors import UserError
 from jobs.plan import Plan, plan, stated
@@ -17,7 +17,7 @@ from jobs.plan_report import draw, print_plans
 def plan_command(
     name: str,
     overrides: tuple[str, ...],
-    targets: str,
+    targets: str | None,
     *,
     prices: Path | None,
     figure: Path | None,
@@ -29,13 +29,12 @@ def plan_command(
 
     Raises UserError, after it is printed, where the recipe as it stands fits none of them.
     """
-    recipe, name = recipes.load(name, overrides), Path(name).stem
-    asked = [text.strip() for text in targets.split(",")]
-    for text in asked:  # all of them, before the first takes minutes
-        read_target(text)
+    # All of them, before the first takes minutes.
+    asked = {text: _recipe(name, overrides, text) for text in _asked(name, overrides, targets)}
+    name = Path(name).stem
     plans = [
         plan(recipe, text, prices=prices, limit_seconds=limit_seconds, console=console)
-        for text in asked
+        for text, recipe in asked.items()
     ]
     if as_json:
         console.json(plans_json(name, plans))
@@ -48,6 +47,18 @@ def plan_command(
         raise UserError(f"{name}: fits none of {', '.join(asked)} as it is; {_fix(plans)}")
 
 
+def _asked(name: str, overrides: tuple[str, ...], targets: str | None) -> list[str]:
+    if targets is None:
+        return [devices_of(recipes.load(name, overrides).cluster)]
+    return [text.strip() for text in targets.split(",")]
+
+
+def _recipe(name: str, overrides: tuple[str, ...], on: str) -> recipes.Recipe:
+    """Its cluster section has the devices of `on`, whatever the file says, or the mesh that the
+    user wants for them would be refused."""
+    return recipes.load(name, (*overrides, *cluster_overrides(read_target(on))))
+
+
 def _fix(plans: list[Plan]) -> str:
     known = [each for each in plans if each.changed]
     if not known:
@@ -58,7 +69,7 @@ def _fix(plans: list[Plan]) -> str:
 def attention_command(
     name: str,
     overrides: tuple[str, ...],
-    targets: str,
+    targets: str | None,
     lengths: str,
     *,
     limit_seconds: float,
@@ -66,14 +77,18 @@ def attention_command(
     as_json: bool,
 ) -> None:
     """Compares the forms of attention on one device of each target."""
-    recipe = recipes.load(name, overrides)
     wanted = numbers_of_tokens(lengths, "--attention")
     compared = [
         compare_forms(
-            recipe, read_target(text), wanted, limit_seconds=limit_seconds, console=console
+            _recipe(name, overrides, text),
+            read_target(text),
+            wanted,
+            limit_seconds=limit_seconds,
+            console=console,
         )
-        for text in targets.split(",")
+        for text in _asked(name, overrides, targets)
     ]
+    name = Path(name).stem
     if as_json:
         console.json({"recipe": name, "targets": [attention_json(each) for each in compared]})
         return

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs import compilations, plan_report, recipe
-from jobs.chips import CHIPS, read_target
+from jobs.chips import CHIPS, devices_of, read_target
 from jobs.cli import run_cli
 from jobs.compilations import compile_for
 from jobs.console import Console
@@ -147,6 +147,20 @@ def test_a_change_that_makes_it_fit_is_compiled_and_fits(
     assert refused.changed.fits
     # Again, from the changed recipe alone: what the plan says of it is what it is.
     assert plan(with_changes(micro, refused.changes), "cpu:2").needed == refused.changed.needed
+
+
+def test_a_recipes_own_cluster_is_planned_for_unless_told_otherwise(micro: recipe.Recipe):
+    assert devices_of(micro.cluster) == "cpu:1"
+    slice_ = recipe.ClusterConfig(
+        accelerator="tpu", accelerator_version="v5e", topology="4x4", workers=4
+    )
+    assert devices_of(slice_) == "v5e:4x4"
+    for cluster in (
+        dataclasses.replace(slice_, workers=8),
+        recipe.ClusterConfig(accelerator="gpu", workers=8),
+    ):
+        with pytest.raises(UserError, match="name the devices"):
+            devices_of(cluster)
 
 
 # ---- What a user does wrong ----------------------------------------------------------------------
