@@ -14,6 +14,7 @@ from jobs.cli_data import inspect, prepare, verify
 from jobs.cli_flow import flow, sweep
 from jobs.cli_options import OrderedGroup, Root, json_option, root_option
 from jobs.cli_options import console as new_console
+from jobs.cli_plan import plan
 from jobs.cli_registry import lineage, promote, register, reproduce
 from jobs.cli_runs import checkpoints
 from jobs.cli_schedule import schedule
@@ -266,6 +267,7 @@ def sample(run: str, root: Root, as_json: bool, **options: Any) -> None:
     sample_command(root, run, console=new_console(as_json), as_json=as_json, **options)
 
 
+cli.add_command(plan)
 cli.add_command(bench)
 cli.add_command(checkpoints)
 cli.add_command(logs)
