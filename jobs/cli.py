@@ -11,6 +11,7 @@ import click
 
 from jobs.cli_bench import bench
 from jobs.cli_data import inspect, prepare, verify
+from jobs.cli_infra import create_rayjob, doctor, render
 from jobs.cli_options import OrderedGroup, Root, json_option, root_option
 from jobs.cli_options import console as new_console
 from jobs.cli_runs import checkpoints
@@ -230,6 +231,9 @@ def sample(run: str, root: Root, as_json: bool, **options: Any) -> None:
 
 cli.add_command(bench)
 cli.add_command(checkpoints)
+cli.add_command(render)
+cli.add_command(doctor)
+cli.add_command(create_rayjob)
 
 
 @cli.command(

@@ -135,6 +135,8 @@ class ClusterConfig:
     """Worker processes; 0 runs the loop in this process, without Ray."""
     cpus_per_worker: int = operational(1)
     """CPU cores that Ray reserves for a worker; XLA is given as many threads."""
+    memory_gib: int = operational(8)
+    """Memory of a worker's container, GiB, where `tvq render` puts it in one."""
     accelerator: Literal["cpu", "gpu", "tpu"] = operational("cpu")
     """What the workers compute on. With workers=0, JAX takes what it finds in this process."""
     devices_per_worker: int | None = operational(None)
@@ -166,6 +168,9 @@ class ClusterConfig:
     """How long the workers, once they run, may take to find each other."""
     coordinator_port: int | None = operational(None)
     """Port at which the first worker's host is found by the others; null: any free one."""
+    grace_seconds: int = operational(25)
+    """How long a save may take after SIGTERM, or before a group is started anew with another number
+    of workers. Kubernetes kills 30 s after SIGTERM unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -377,6 +382,7 @@ def _check(recipe: Recipe) -> None:
         ("checkpoint.keep_best", recipe.checkpoint.keep_best, 0),
         ("cluster.workers", cluster.workers, 0),
         ("cluster.cpus_per_worker", cluster.cpus_per_worker, 1),
+        ("cluster.memory_gib", cluster.memory_gib, 1),
         ("cluster.fsdp", cluster.fsdp, 1),
         ("cluster.tensor", cluster.tensor, 1),
         ("cluster.max_restarts", cluster.max_restarts, 0),
@@ -386,6 +392,7 @@ def _check(recipe: Recipe) -> None:
         ("cluster.start_timeout_seconds", cluster.start_timeout_seconds, 1),
         ("cluster.join_timeout_seconds", cluster.join_timeout_seconds, 1),
         ("cluster.coordinator_port", cluster.coordinator_port, 1),
+        ("cluster.grace_seconds", cluster.grace_seconds, 0),
     ):
         if value is not None and value < least:
             raise ConfigError(f"{name}: must be at least {least}, got {value}")
