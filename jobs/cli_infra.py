@@ -17,13 +17,14 @@ Examples:
   tvq render enwik8 data.corpus=gs://b/corpora/enwik8 cluster.workers=8 --for kuberay
   tvq render my.yaml cluster.accelerator=tpu cluster.accelerator_version=v5e cluster.topology=4x4 \\
       cluster.workers=4 --for kuberay --output deploy
-  tvq render my.yaml --for cronjob --flow nightly.yaml --cron "0 2 * * *" --output deploy
+  tvq render nightly.yaml --for cronjob --cron "0 2 * * *" --output deploy
   tvq render tiny data.corpus=/corpora/books --for compose --output box
 
 \b
 --for  kuberay     a RayJob: one training on a cluster that lives as long as it
        raycluster  a standing RayCluster for `tvq submit`
-       raycronjob  a flow at each tick, by KubeRay; cronjob: by Kubernetes's own CronJob
+       raycronjob  RECIPE is a flow's file: the flow at each tick, by KubeRay
+       cronjob     the same by Kubernetes's own CronJob
        compose     one box, without Kubernetes
        ray-up      a cluster of Google's machines, without Kubernetes"""
 )
@@ -36,7 +37,6 @@ Examples:
 )  # fmt: skip
 @click.option("--image", help="NAME:VERSION without the device that ends the tag.")
 @click.option("--name", help="Of the run and all that belongs to it; default: the recipe's.")
-@click.option("--flow", type=click.Path(path_type=Path), help="Of schedules: the flow's file.")
 @click.option("--cron", help="Of schedules: five fields, such as '0 2 * * *'.")
 @click.option("--timezone", default="Etc/UTC", show_default=True, help="Of --cron.")
 @json_option

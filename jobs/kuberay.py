@@ -28,6 +28,7 @@ _MISSED_SECONDS = 3600
 class Tick(NamedTuple):
     """When a flow runs."""
 
+    flow_name: str
     flow: str
     """Its file's text."""
     cron: str

@@ -2,11 +2,12 @@
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jobs import recipe as recipes
 from jobs.compose_settings import compose_settings
@@ -16,23 +17,16 @@ from jobs.kuberay import Job, Tick, cron_job, ray_cluster, ray_cron_job, ray_job
 from jobs.manifest_yaml import dump_manifests
 from jobs.ray_up import ray_up
 from jobs.recipe import Recipe
-from jobs.recipe_yaml import dump_yaml, parse_yaml
+from jobs.recipe_yaml import dump_yaml, parse_sections
 from pipeline.storage import is_url
 
 INFRA = Path(__file__).resolve().parents[1] / "infra"
 """The files that go with what is rendered; in the checkout and in an installation alike."""
 
 TARGETS = ("kuberay", "raycluster", "raycronjob", "cronjob", "compose", "ray-up")
-_SCHEDULED = ("raycronjob", "cronjob")
+SCHEDULED = ("raycronjob", "cronjob")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,34}[a-z0-9])?")
 _NOTE = "# Written by `tvq render`; change the recipe and render again.\n"
-
-
-class _Rendered(NamedTuple):
-    """What a command gives."""
-
-    name: str
-    documents: list[dict[str, Any]]
 
 
 def render_command(
@@ -43,7 +37,6 @@ def render_command(
     output: Path | None,
     image: str | None,
     name: str | None,
-    flow: Path | None,
     cron: str | None,
     timezone: str,
     console: Console,
@@ -55,13 +48,21 @@ def render_command(
         UserError: the recipe cannot run there, an option is missing or has no use, or the folder
             holds something else.
     """
+    tick = None
+    if target in SCHEDULED:
+        tick, recipe_name, overrides = _scheduled(recipe_name, overrides, target, cron, timezone)
+        name = name or tick.flow_name
+    elif cron is not None:
+        raise UserError(
+            f"--cron: is of schedules; use --for {' or '.join(SCHEDULED)}, or leave it out"
+        )
     recipe = recipes.load(recipe_name, overrides)
     job = Job(
         name=_checked_name(name or Path(recipe_name).stem),
         recipe=recipe,
         recipe_text=stated_text(recipe),
         image=_checked_image(image or f"tvq:{version('tvq')}"),
-        tick=_tick(target, flow, cron, timezone),
+        tick=tick,
     )
     _check(recipe, target)
     if target == "compose":
@@ -102,31 +103,36 @@ def stated_text(recipe: Recipe) -> str:
     return dump_yaml(tree) if tree else ""
 
 
-def _tick(target: str, flow: Path | None, cron: str | None, timezone: str) -> Tick | None:
-    if target not in _SCHEDULED:
-        for option, value in (("--flow", flow), ("--cron", cron)):
-            if value is not None:
-                raise UserError(
-                    f"{option}: is of schedules; use --for {' or '.join(_SCHEDULED)}, or leave it"
-                    " out"
-                )
-        return None
-    if flow is None or cron is None:
-        raise UserError(
-            f"--for {target}: needs what to run and when: --flow FLOW.yaml --cron '0 2 * * *'"
-        )
+def _scheduled(
+    file: str, overrides: tuple[str, ...], target: str, cron: str | None, timezone: str
+) -> tuple[Tick, str, tuple[str, ...]]:
+    """When the flow in `file` runs, and the recipe and overrides that it trains by."""
+    if cron is None:
+        raise UserError(f"--for {target}: needs when, such as --cron '0 2 * * *'")
     fields = cron.split()
     if len(fields) != 5:
         raise UserError(
             f"--cron {cron!r}: has {len(fields)} fields, expected five: minute, hour, day of the"
             " month, month, day of the week"
         )
+    if overrides:
+        raise UserError(
+            f"{overrides[0]}: a flow's recipe is in its file; write the override behind `train:`"
+            f" in {file}"
+        )
     try:
-        text = flow.read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--flow {flow}: cannot be read: {error}") from None
-    parse_yaml(text, f"--flow {flow}")
-    return Tick(text, " ".join(fields), timezone)
+        raise UserError(
+            f"flow {file}: cannot be read ({error}); --for {target} takes a flow's file"
+        ) from None
+    tree = parse_sections(text, f"flow {file}")
+    train = tree.get("train")
+    if not isinstance(train, str) or not train.split():
+        raise UserError(f"flow {file}: train: expected a recipe and overrides, got {train!r}")
+    recipe, *rest = shlex.split(train)
+    flow_name = str(tree.get("name", Path(file).stem))
+    return Tick(flow_name, text, " ".join(fields), timezone), recipe, tuple(rest)
 
 
 def _checked_name(name: str) -> str:

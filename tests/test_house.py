@@ -204,7 +204,7 @@ def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(wheel: Pa
         for path in (ROOT / package).rglob("*")
         if path.is_file()
         and "__pycache__" not in path.parts
-        and ROOT / "infra/image" != path.parent
+        and path.parent != ROOT / "infra/image"
     }
     assert packed == expected
     assert {"jobs/recipes/tiny.yaml", "infra/kubernetes/base/network.yaml"} <= packed

@@ -40,11 +40,11 @@ RENDERED: dict[str, list[str]] = {
         *("cluster.topology=2x2x2", "cluster.workers=2"),
     ],
     "raycronjob": [
-        *("tiny", "--for", "raycronjob", "--name", "nightly", "--flow", str(FLOW)),
+        *(str(FLOW), "--for", "raycronjob"),
         *("--cron", "0 2 * * *", "--timezone", "Europe/Berlin"),
     ],
     "cronjob": [
-        *("tiny", "--for", "cronjob", "--name", "nightly", "--flow", str(FLOW)),
+        *(str(FLOW), "--for", "cronjob"),
         *("--cron", "0 2 * * *", "--timezone", "Europe/Berlin"),
     ],
     "compose-cpu": ["tiny", "data.corpus=/corpora/books", "--for", "compose"],

@@ -161,10 +161,9 @@ def references(node: Any) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("queue", [False, True])
 def test_kustomize_puts_the_site_into_everything(tmp_path: Path, capsys, queue: bool):
     out = tmp_path / "deploy"
-    schedule = ("--flow", FLOW, "--cron", "0 2 * * *")
     assert tvq(*KUBERAY, "--output", out) == 0
     assert tvq("render", "tiny", "--for", "raycluster", "--name", "shared", "-o", out) == 0
-    assert tvq("render", "tiny", "--for", "cronjob", "--name", "n", *schedule, "-o", out) == 0
+    assert tvq("render", FLOW, "--for", "cronjob", "--cron", "0 2 * * *", "-o", out) == 0
     site = out / "site" / "kustomization.yaml"
     if queue:
         site.write_text(site.read_text() + "  - ../components/queue\n")
@@ -253,9 +252,10 @@ def test_ray_up_obeys_rays_own_schema():
         ([*KUBERAY[1:], "--image", "tvq:latest"], "never `latest`"),
         ([*KUBERAY[1:], "--image", "tvq"], "NAME:VERSION"),
         ([*KUBERAY[1:], "--cron", "0 2 * * *"], "--cron: is of schedules"),
-        (["tiny", "--for", "cronjob"], "--flow FLOW.yaml --cron"),
-        (["tiny", "--for", "cronjob", "--flow", "none", "--cron", "0 2 * * *"], "cannot be read"),
-        (["tiny", "--for", "cronjob", "--flow", str(FLOW), "--cron", "0 2 *"], "has 3 fields"),
+        ([str(FLOW), "--for", "cronjob"], "needs when, such as --cron"),
+        (["none.yaml", "--for", "cronjob", "--cron", "0 2 * * *"], "takes a flow's file"),
+        ([str(FLOW), "--for", "cronjob", "--cron", "0 2 *"], "has 3 fields"),
+        ([str(FLOW), "a.b=1", "--for", "cronjob", "--cron", "0 2 * * *"], "behind `train:`"),
         (
             [*("tiny", "data.corpus=gs://b/c", "--for", "ray-up", "cluster.accelerator=gpu"),
              "cluster.devices_per_worker=3"],
