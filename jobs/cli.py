@@ -12,6 +12,7 @@ import click
 from jobs.cli_bench import bench
 from jobs.cli_data import inspect, prepare, verify
 from jobs.cli_flow import flow, sweep
+from jobs.cli_infra import create_rayjob, doctor, render
 from jobs.cli_options import OrderedGroup, Root, json_option, root_option
 from jobs.cli_options import console as new_console
 from jobs.cli_plan import plan
@@ -275,6 +276,9 @@ cli.add_command(gc)
 cli.add_command(flow)
 cli.add_command(schedule)
 cli.add_command(sweep)
+cli.add_command(render)
+cli.add_command(doctor)
+cli.add_command(create_rayjob)
 
 
 @cli.command(

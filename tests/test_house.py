@@ -214,12 +214,14 @@ def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(wheel: Pa
         metadata = {name.rpartition("/")[2] for name in archive.namelist()} - packed
     expected = {
         name_of(path)
-        for package in PACKAGES
+        for package in (*PACKAGES, "infra")
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file()
+        and "__pycache__" not in path.parts
+        and path.parent != ROOT / "infra/image"
     }
     assert packed == expected
-    assert "jobs/recipes/tiny.yaml" in packed
+    assert {"jobs/recipes/tiny.yaml", "infra/kubernetes/base/network.yaml"} <= packed
     assert {"METADATA", "entry_points.txt", "LICENSE"} <= metadata
 
 
@@ -238,6 +240,14 @@ def test_the_installed_command_finds_its_recipes_wherever_it_is_called(
     (installed / "jobs" / "recipes" / "mine.yaml").write_text("# A recipe only found here.\n")
     assert "mine" in tvq(installed, elsewhere, "recipes").stdout
     (installed / "jobs" / "recipes" / "mine.yaml").unlink()
+
+
+def test_the_installed_command_renders_with_the_files_of_infra(installed: Path, elsewhere: Path):
+    arguments = ("render", "tiny", "data.corpus=gs://b/c", "--for", "kuberay", "--output", "out")
+    ended = tvq(installed, elsewhere, *arguments)
+    assert ended.returncode == 0, ended.stderr
+    for file in ("base/network.yaml", "run/tiny.yaml", "site/kustomization.yaml"):
+        assert (elsewhere / "out" / file).is_file()
 
 
 @pytest.mark.parametrize("file", ["model/__init__.py", "model.py", "pipeline/__init__.py"])
