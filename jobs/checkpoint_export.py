@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jobs.checkpoint_manifest import complete_checkpoints, manifest_of
+from jobs.checkpoint_manifest import CheckpointManifest, complete_checkpoints, manifest_of
 from jobs.console import Console
 from jobs.errors import UserError
 from jobs.exported_file import Exported, encode, read_exported
@@ -22,20 +22,30 @@ def export_command(
     Raises:
         UserError: there is no such checkpoint, it is damaged, or the file is there already.
     """
+    if output.exists():
+        raise UserError(f"--output {output}: is there already; choose another name")
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: must end in .safetensors, as what it is")
+    run = RunDirectory.existing(root, name)
+    manifest = manifest_of(run, update)
+    LocalStore(output.absolute().parent).write(output.name, exported_file(run, manifest))
+    console.line(f"wrote update {manifest.update:,} of run {run.name} to {output}")
+
+
+def exported_file(run: RunDirectory, manifest: CheckpointManifest) -> bytes:
+    """The file of one checkpoint, whose arrays are verified.
+
+    Raises:
+        UserError: it is damaged.
+    """
     import jax
     import numpy as np
 
     from jobs.checkpoint_manifest import DamagedCheckpointError
     from jobs.checkpoints import restore_alone
 
-    if output.exists():
-        raise UserError(f"--output {output}: is there already; choose another name")
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output {output}: must end in .safetensors, as what it is")
-    run = RunDirectory.existing(root, name)
     record = run.record()
-    assert record is not None, "it exists"
-    manifest = manifest_of(run, update)
+    assert record is not None, "it has a checkpoint"
     try:
         state = restore_alone(run, manifest)
     except DamagedCheckpointError as damage:
@@ -49,9 +59,7 @@ def export_command(
         fingerprints=manifest.fingerprints,
         sums=network_sums(manifest.sums),
     )
-    data = encode(dict(zip(_names(network), arrays, strict=True)), exported)
-    LocalStore(output.absolute().parent).write(output.name, data)
-    console.line(f"wrote update {manifest.update:,} of run {run.name} to {output}")
+    return encode(dict(zip(_names(network), arrays, strict=True)), exported)
 
 
 def import_command(file: Path, root: Location, name: str, *, console: Console) -> None:
@@ -68,13 +76,13 @@ def import_command(file: Path, root: Location, name: str, *, console: Console) -
     run = RunDirectory.at(root, name)
     if complete_checkpoints(run):
         raise UserError(f"run {run.name}: exists already; choose another name with --run")
-    arrays, exported = read_exported(file)
+    network, exported = read_network(file)
     training = dataclasses.replace(exported.recipe.training, steps=exported.update, init_from=None)
     recipe = dataclasses.replace(exported.recipe, training=training)
     save_as_run(
         run,
         recipe,
-        network=tuple(_network(file, recipe, arrays, exported)),
+        network=tuple(network),
         updates=exported.update,
         fingerprints=exported.fingerprints,
     )
@@ -83,7 +91,17 @@ def import_command(file: Path, root: Location, name: str, *, console: Console) -
     )
 
 
-def _network(file: Path, recipe: Recipe, arrays: dict[str, Any], exported: Exported) -> Network:
+def read_network(file: Location) -> tuple[Network, Exported]:
+    """The parameters and codebooks of a file, their sums compared, and what it says of them.
+
+    Raises:
+        UserError: not such a file, damaged, or other arrays than its recipe describes.
+    """
+    arrays, exported = read_exported(file)
+    return _network(file, exported.recipe, arrays, exported), exported
+
+
+def _network(file: Location, recipe: Recipe, arrays: dict[str, Any], exported: Exported) -> Network:
     """The recipe's parameters and codebooks, filled with the file's arrays."""
     import jax
 

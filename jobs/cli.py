@@ -11,9 +11,14 @@ import click
 
 from jobs.cli_bench import bench
 from jobs.cli_data import inspect, prepare, verify
+from jobs.cli_flow import flow, sweep
+from jobs.cli_infra import create_rayjob, doctor, render
 from jobs.cli_options import OrderedGroup, Root, json_option, root_option
 from jobs.cli_options import console as new_console
+from jobs.cli_plan import plan
+from jobs.cli_registry import lineage, promote, register, reproduce
 from jobs.cli_runs import checkpoints
+from jobs.cli_schedule import schedule
 from jobs.cli_upkeep import gc, logs
 from jobs.errors import ExitCode, UserError
 
@@ -171,23 +176,42 @@ def import_(checkpoint: Path, root: Root, name: str, as_json: bool, **options: A
     epilog="""\b
 Examples:
   tvq evaluate tiny
-  tvq evaluate tiny --split test --json"""
+  tvq evaluate tiny --split test --carry --json
+  tvq evaluate runs/tiny/checkpoints/00000400 --length 16384
+  tvq evaluate tiny --workers 4 --dump tokens.parquet"""
 )
-@click.argument("run")
+@click.argument("run", metavar="RUN|CHECKPOINT")
 @click.option(
     "--split", type=click.Choice(["validation", "test"]), default="validation", show_default=True
 )
+@click.option("--update", type=click.IntRange(1), help="Of the checkpoint; default: the newest.")
+@click.option(
+    "--length", type=click.IntRange(1), help="Tokens of a window (T); default: as in training."
+)
+@click.option(
+    "--carry", is_flag=True,
+    help="Hand the cache on through each document: every token sees all of it that is before.",
+)  # fmt: skip
+@click.option(
+    "--workers", type=click.IntRange(0), default=0, show_default=True,
+    help="Ray workers, any number with the same result; 0: this process.",
+)  # fmt: skip
+@click.option(
+    "--dump", type=click.Path(dir_okay=False, path_type=Path),
+    help="Parquet file for the log-probability of every token.",
+)  # fmt: skip
 @root_option
 @json_option
-def evaluate(run: str, split: str, root: Root, as_json: bool) -> None:
-    """Measure RUN's newest checkpoint on a held-out split, every token exactly once.
+def evaluate(run: str, split: str, root: Root, as_json: bool, **options: Any) -> None:
+    """Measure a checkpoint on a held-out split, every token exactly once.
 
-    Next to its bits per byte stand gzip and xz on the same text. The figures are added to the
-    run in MLflow.
+    Next to its bits per byte stand gzip and xz on the same text, and the loss by how much text a
+    token had before it. The figures are added to the run in MLflow, and with those of each
+    document they are kept in the run's folder.
     """
     from jobs.evaluate import evaluate_command
 
-    evaluate_command(root, run, split, console=new_console(as_json), as_json=as_json)
+    evaluate_command(root, run, split, console=new_console(as_json), as_json=as_json, **options)
 
 
 @cli.command(
@@ -244,29 +268,54 @@ def sample(run: str, root: Root, as_json: bool, **options: Any) -> None:
     sample_command(root, run, console=new_console(as_json), as_json=as_json, **options)
 
 
+cli.add_command(plan)
 cli.add_command(bench)
 cli.add_command(checkpoints)
 cli.add_command(logs)
 cli.add_command(gc)
+cli.add_command(flow)
+cli.add_command(schedule)
+cli.add_command(sweep)
+cli.add_command(render)
+cli.add_command(doctor)
+cli.add_command(create_rayjob)
 
 
 @cli.command(
     epilog="""\b
 Examples:
   tvq compare tiny wider
-  tvq compare tiny wider --png curves.png --json"""
+  tvq compare a-0 a-1 a-2 b-0 b-1 b-2 --html report.html --png curves.png
+  tvq compare --query "params.`model.d_model` = '64'" --by tokens --json"""
 )
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("runs", nargs=-1)
+@click.option("--query", help="An MLflow filter, for the runs that it finds.")
+@click.option("--experiment", default="tvq", show_default=True, help="Where the query looks.")
 @click.option(
-    "--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the loss curves."
-)
+    "--by", type=click.Choice(["step", "tokens", "hours"]), default="step", show_default=True,
+    help="What the curves are drawn over.",
+)  # fmt: skip
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curves.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a report.")
 @root_option
 @json_option
-def compare(runs: tuple[str, ...], png: Path | None, root: Root, as_json: bool) -> None:
-    """Set RUNS side by side: what differs in their recipes, and how good they became."""
+def compare(
+    runs: tuple[str, ...], png: Path | None, root: Root, as_json: bool, **options: Any
+) -> None:
+    """Set RUNS side by side: what differs in their recipes, and how good they became.
+
+    Runs that differ in the seed alone are taken together, and the verdict says whether recipes
+    differ by more than seeds do.
+    """
     from jobs.compare import compare_command
 
-    compare_command(root, runs, png, console=new_console(as_json), json=as_json)
+    compare_command(root, runs, png, console=new_console(as_json), json=as_json, **options)
+
+
+cli.add_command(register)
+cli.add_command(promote)
+cli.add_command(lineage)
+cli.add_command(reproduce)
 
 
 @cli.command(

@@ -1,34 +1,24 @@
-"""`tvq compare`: what differs between runs, in their recipes and in their results."""
+"""What differs between runs, in their recipes and in their results, as MLflow holds them."""
 
-import logging
 import math
-import os
 import statistics
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jobs.errors import UserError
-from jobs.palette import PALETTE
+from jobs.seed_groups import SEED, Group, finite, group_by_recipe, is_finite
+from jobs.seed_spread import SeedVerdict, seed_verdicts
 from jobs.tracking.delivery import TOKENS_METRIC
-from jobs.tracking.reading import history, run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from jobs.tracking.reading import RunSummary, history, points, run
 
 TRAIN_LOSS = "train/loss_nats_per_token"
 EVAL_LOSS = "eval/loss_nats_per_token"
 EVAL_BITS = "eval/bits_per_byte"
 RATE = "perf/tokens_per_second"
 
-_LARGEST = 1e300
-"""MLflow stores infinities as the largest floats: no value above this is one."""
-_LINES = ("-", "--", ":")
-"""The line style changes when the colours are used up."""
-
-Curve = list[tuple[int, float]]
-"""(update, value) by update."""
+By = Literal["step", "tokens", "hours"]
+"""What curves are drawn over."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +30,16 @@ class Candidate:
     """MLflow's."""
     uri: str
     """MLflow tracking URI."""
+
+
+class CurvePoint(NamedTuple):
+    """One value of a metric."""
+
+    update: int
+    value: float
+    x: float
+    """Where on the axis asked for: the update, the tokens trained on, or the hours since the run
+    began, pauses included."""
 
 
 class Best(NamedTuple):
@@ -56,6 +56,8 @@ class ComparedRun(NamedTuple):
     run_id: str
     status: str
     parameters: dict[str, str]
+    datasets: dict[str, list[str]]
+    """Fingerprints of the corpus splits, by what they were used for."""
     updates: int
     """Updates made."""
     tokens: int
@@ -68,74 +70,115 @@ class ComparedRun(NamedTuple):
     """Lowest value of every `eval/` loss and bits per byte."""
     tokens_per_second: float
     """Median."""
-    curves: dict[str, Curve]
-    """Of TRAIN_LOSS, EVAL_LOSS and EVAL_BITS."""
+    curves: dict[str, list[CurvePoint]]
+    """By update; of TRAIN_LOSS, EVAL_LOSS and EVAL_BITS."""
+
+
+class MetricVerdict(NamedTuple):
+    """How the recipes compare in one metric."""
+
+    metric: str
+    update: int
+    """The last one after which all runs were evaluated."""
+    values: list[list[float]]
+    """Of each group's seeds, in the groups' order."""
+    against_first: list[SeedVerdict]
+    """Of each group but the first."""
 
 
 class Comparison(NamedTuple):
     """Runs side by side."""
 
     runs: list[ComparedRun]
+    groups: list[Group]
+    """Runs that differ in the seed alone are one."""
     differences: dict[str, list[str]]
     """Parameters that are not the same in all runs: by name, each run's value ("-": none)."""
+    verdict: MetricVerdict | None
+    """None for fewer than two recipes, or without an evaluation that all runs share."""
+    cautions: list[str]
+    """Why figures that stand side by side may not be comparable, a sentence each."""
+    by: By
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether a recipe was run with more than one seed."""
+        return any(len(group.members) > 1 for group in self.groups)
 
 
-def compare(candidates: list[Candidate]) -> Comparison:
+def compare(candidates: list[Candidate], by: By = "step") -> Comparison:
     """Reads the runs from MLflow. Raises UserError if the store or a run cannot be read."""
     if not candidates:
         raise UserError("nothing to compare: name one run or more")
-    runs = [_read(candidate) for candidate in candidates]
+    runs = [_read(candidate, by) for candidate in candidates]
+    groups = group_by_recipe(runs)
     names = sorted({name for one in runs for name in one.parameters})
     values = {name: [one.parameters.get(name, "-") for one in runs] for name in names}
-    return Comparison(runs, {name: row for name, row in values.items() if len(set(row)) > 1})
+    differences = {name: row for name, row in values.items() if len(set(row)) > 1}
+    cautions = _cautions(runs, groups)
+    return Comparison(runs, groups, differences, _verdict(runs, groups), cautions, by)
+
+
+def last_common_evaluation(runs: Sequence[ComparedRun]) -> tuple[int, list[float]] | None:
+    """The last update after which all runs were evaluated, and each one's bits per byte there."""
+    curves = [{p.update: p.value for p in one.curves[EVAL_BITS]} for one in runs]
+    common = set.intersection(*map(set, curves))
+    return (max(common), [curve[max(common)] for curve in curves]) if common else None
 
 
 def difference_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the parameters that differ."""
-    rows = [[name, *values] for name, values in comparison.differences.items()]
-    return ["parameter", *(one.name for one in comparison.runs)], rows
+    """Columns and rows of the parameters that differ: by recipe if there are several seeds."""
+    if not comparison.has_seeds:
+        rows = [[name, *values] for name, values in comparison.differences.items()]
+        return ["parameter", *(one.name for one in comparison.runs)], rows
+    rows = []
+    for name, values in comparison.differences.items():
+        cells = [_joined([values[i] for i in group.members]) for group in comparison.groups]
+        if name == SEED or len(set(cells)) > 1:
+            rows.append([name, *cells])
+    return ["parameter", *(group.name for group in comparison.groups)], rows
 
 
 def result_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the results; two runs get a column with the second less the first."""
+    """Columns and rows of the results.
+
+    A column a run; of runs that differ in the seed alone, a column a recipe: the mean, and the
+    least and the most. Two columns get a third with the second less the first.
+    """
     runs = comparison.runs
-    rows: list[tuple[str, list[float], str]] = [
-        ("updates", [one.updates for one in runs], ",.0f"),
-        ("tokens trained on", [one.tokens for one in runs], ",.0f"),
-        ("train loss, nats/token (last 5%)", [one.train_loss for one in runs], ".4f"),
-    ]
-    for name in sorted({name for one in runs for name in one.last}):
-        rows.append((f"{name}, last", [one.last.get(name, math.nan) for one in runs], ".4f"))
-        if any(name in one.best for one in runs):
-            best = [one.best[name].value if name in one.best else math.nan for one in runs]
-            rows.append((f"{name}, best", best, ".4f"))
-    common = last_common_evaluation(comparison)
-    if common and any(one.curves[EVAL_BITS][-1][0] != common[0] for one in runs):
-        rows.append((f"{EVAL_BITS} at update {common[0]:,}", common[1], ".4f"))
-    rows.append(("tokens/s (median)", [one.tokens_per_second for one in runs], ",.0f"))
-    columns = ["result", *(one.name for one in runs)]
-    if len(runs) == 2:
-        columns.append("difference")
+    names, members = [one.name for one in runs], [[index] for index in range(len(runs))]
+    if comparison.has_seeds:
+        names = [group.name for group in comparison.groups]
+        members = [group.members for group in comparison.groups]
+    columns = ["result", *names, *(["difference"] if len(names) == 2 else [])]
     cells = []
-    for label, values, form in rows:
-        row = [label, *(_cell(value, form) for value in values)]
-        if len(runs) == 2:
-            row.append(_cell(values[1] - values[0], "+" + form))
+    for label, values, form in _results(comparison):
+        columned = [[values[index] for index in column] for column in members]
+        row = [label, *(_cell(column, form) for column in columned)]
+        if len(names) == 2:
+            row.append(_cell([_mean(columned[1]) - _mean(columned[0])], "+" + form))
         cells.append(row)
     return columns, cells
 
 
-def last_common_evaluation(comparison: Comparison) -> tuple[int, list[float]] | None:
-    """The last update after which all runs were evaluated, and each one's bits per byte there."""
-    curves = [dict(one.curves[EVAL_BITS]) for one in comparison.runs]
-    common = set.intersection(*map(set, curves))
-    return (max(common), [curve[max(common)] for curve in curves]) if common else None
+def verdict_lines(comparison: Comparison) -> list[str]:
+    """What the seeds say of the recipes' difference, and what to be careful about; a line each."""
+    lines = []
+    if verdict := comparison.verdict:
+        first, *others = [group.name for group in comparison.groups]
+        for name, seeds in zip(others, verdict.against_first, strict=True):
+            lines.append(
+                f"{verdict.metric} at update {verdict.update:,}, {name} less {first}:"
+                f" {seeds.difference:+.4f} {seeds.conclusion} ({seeds.why})"
+            )
+    return lines + [f"careful: {caution}" for caution in comparison.cautions]
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison for a script; curves are left out, MLflow has them."""
     names = [one.name for one in comparison.runs]
-    common = last_common_evaluation(comparison)
+    common = last_common_evaluation(comparison.runs)
+    verdict = comparison.verdict
     return {
         "last_common_evaluation": {
             "update": common[0],
@@ -147,6 +190,32 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             name: dict(zip(names, values, strict=True))
             for name, values in comparison.differences.items()
         },
+        "groups": [
+            {
+                "name": group.name,
+                "runs": [names[index] for index in group.members],
+                "repeated_seeds": [names[index] for index in group.repeats],
+            }
+            for group in comparison.groups
+        ],
+        "verdicts": [
+            {
+                "metric": verdict.metric,
+                "update": verdict.update,
+                "first": comparison.groups[0].name,
+                "other": group.name,
+                "difference": seeds.difference,
+                "ranges_apart": seeds.ranges_apart,
+                "welch": seeds.welch._asdict() if seeds.welch else None,
+                "p_adjusted": seeds.p_adjusted,
+                "conclusion": str(seeds.conclusion),
+                "why": seeds.why,
+            }
+            for group, seeds in zip(comparison.groups[1:], verdict.against_first, strict=True)
+        ]
+        if verdict
+        else [],
+        "cautions": comparison.cautions,
         "runs": [
             {
                 "name": one.name,
@@ -164,34 +233,10 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def plot(comparison: Comparison, path: Path) -> None:
-    """Draws the loss curves into a PNG: training and validation loss; validation bits per byte."""
-    # The first import on a machine builds a font cache and says so.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from matplotlib.figure import Figure
-
-    with_bits = any(one.curves[EVAL_BITS] for one in comparison.runs)
-    figure = Figure(figsize=(11, 4.8) if with_bits else (8, 4.8), dpi=150, layout="constrained")
-    grid = figure.add_gridspec(1, 2 if with_bits else 1, width_ratios=[5, 3] if with_bits else [1])
-    losses = figure.add_subplot(grid[0, 0])
-    _draw_losses(losses, comparison)
-    if with_bits:
-        _draw_bits(figure.add_subplot(grid[0, 1]), comparison)
-    handles, labels = losses.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=1, frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
-
-
-def _read(candidate: Candidate) -> ComparedRun:
+def _read(candidate: Candidate, by: By) -> ComparedRun:
     summary = run(candidate.uri, candidate.run_id)
-    curves = {
-        name: history(candidate.uri, candidate.run_id, name) if name in summary.metrics else []
-        for name in (TRAIN_LOSS, EVAL_LOSS, EVAL_BITS)
-    }
-    losses = [value for _, value in curves[TRAIN_LOSS]]
+    curves = _curves(candidate, summary, by)
+    losses = [point.value for point in curves[TRAIN_LOSS]]
     rates = history(candidate.uri, candidate.run_id, RATE) if RATE in summary.metrics else []
     last = {
         name: value
@@ -200,15 +245,16 @@ def _read(candidate: Candidate) -> ComparedRun:
     }
     best = {}
     for name in (EVAL_LOSS, EVAL_BITS):
-        finite = [(value, update) for update, value in curves[name] if _is_finite(value)]
-        if finite:
-            best[name] = Best(*min(finite))
+        sound = [(p.value, p.update) for p in curves[name] if is_finite(p.value)]
+        if sound:
+            best[name] = Best(*min(sound))
     return ComparedRun(
         name=candidate.name,
         run_id=candidate.run_id,
         status=summary.status,
         parameters=summary.parameters,
-        updates=curves[TRAIN_LOSS][-1][0] if losses else 0,
+        datasets=summary.datasets,
+        updates=curves[TRAIN_LOSS][-1].update if losses else 0,
         tokens=int(summary.metrics.get(TOKENS_METRIC, 0)),
         train_loss=statistics.fmean(losses[-max(1, len(losses) // 20) :]) if losses else math.nan,
         last=last,
@@ -218,91 +264,98 @@ def _read(candidate: Candidate) -> ComparedRun:
     )
 
 
-def _cell(value: float, form: str) -> str:
-    return format(value, form) if _is_finite(value) else "-"
+def _curves(candidate: Candidate, summary: RunSummary, by: By) -> dict[str, list[CurvePoint]]:
+    tokens: dict[int, float] = {}
+    if by == "tokens" and TOKENS_METRIC in summary.metrics:
+        tokens = dict(history(candidate.uri, candidate.run_id, TOKENS_METRIC))
+    curves = {}
+    for name in (TRAIN_LOSS, EVAL_LOSS, EVAL_BITS):
+        found = []
+        if name in summary.metrics:
+            found = points(candidate.uri, candidate.run_id, name)
+        curves[name] = [
+            CurvePoint(
+                point.step,
+                point.value,
+                {
+                    "step": float(point.step),
+                    "tokens": tokens.get(point.step, math.nan),
+                    "hours": (point.time_ms - summary.start_ms) / 3.6e6,
+                }[by],
+            )
+            for point in found
+        ]
+    return curves
 
 
-def _is_finite(value: float) -> bool:
-    return math.isfinite(value) and abs(value) < _LARGEST
+def _verdict(runs: list[ComparedRun], groups: list[Group]) -> MetricVerdict | None:
+    counted = [index for group in groups for index in group.members]
+    common = last_common_evaluation([runs[index] for index in counted])
+    if len(groups) < 2 or common is None:
+        return None
+    update, values = common
+    by_run = dict(zip(counted, values, strict=True))
+    figures = [finite([by_run[index] for index in group.members]) for group in groups]
+    if not all(figures):
+        return None
+    return MetricVerdict(EVAL_BITS, update, figures, seed_verdicts(figures[0], figures[1:]))
 
 
-def _labels(comparison: Comparison) -> list[str]:
-    """Each run's name and what differs in it, at most three parameters."""
-    labels = []
-    for index, one in enumerate(comparison.runs):
-        what = [f"{name}={values[index]}" for name, values in comparison.differences.items()]
-        more = f" and {len(what) - 3} more" if len(what) > 3 else ""
-        labels.append(one.name + (f"   ({', '.join(what[:3])}{more})" if what else ""))
-    return labels
-
-
-def _style(index: int) -> tuple[str, str]:
-    return PALETTE[index % len(PALETTE)], _LINES[index // len(PALETTE) % len(_LINES)]
-
-
-def _draw_losses(axes: "Axes", comparison: Comparison) -> None:
-    longest = max((len(one.curves[TRAIN_LOSS]) for one in comparison.runs), default=0)
-    window = max(1, longest // 50)
-    top = []
-    for index, (one, label) in enumerate(zip(comparison.runs, _labels(comparison), strict=True)):
-        colour, line = _style(index)
-        updates, values = _split(one.curves[TRAIN_LOSS])
-        smooth = _running_mean(values, window)
-        axes.plot(updates, values, color=colour, alpha=0.22, linewidth=0.8)
-        axes.plot(updates, smooth, color=colour, linestyle=line, linewidth=1.7, label=label)
-        axes.plot(
-            *_split(one.curves[EVAL_LOSS]),
-            color=colour,
-            linestyle="none",
-            marker="o",
-            markersize=5.5,
-            markeredgecolor="white",
-            markeredgewidth=0.8,
+def _cautions(runs: list[ComparedRun], groups: list[Group]) -> list[str]:
+    cautions = []
+    if len({tuple(sorted(one.datasets.get("evaluation", []))) for one in runs}) > 1:
+        cautions.append(
+            "the runs were validated on different splits (their fingerprints differ), so their"
+            " figures are of different texts"
         )
-        # The first few per cent fall so steeply that they would flatten all that is of interest.
-        top += [value for value in smooth[len(smooth) // 25 :] if math.isfinite(value)]
-    if top:
-        low, high = min(top), max(top)
-        axes.set_ylim(top=high + 0.1 * (high - low or 1.0))
-    mean = f"line: mean of {window} updates" if window > 1 else "line: each update"
-    axes.set_title(f"Training ({mean}) and validation (dots)", fontsize=10, loc="left")
-    axes.set_ylabel("loss (nats per token)")
-    _finish(axes)
+    windows = {one.parameters.get("training.evaluate_windows", "") for one in runs}
+    if len(windows) > 1:
+        cautions.append(
+            "training.evaluate_windows differs, so the evaluations cover different parts of"
+            " the validation split"
+        )
+    for group in groups:
+        for index in group.repeats:
+            cautions.append(f"{runs[index].name} repeats a seed of {group.name} and is not counted")
+    unfinished = [f"{one.name} ({one.status})" for one in runs if one.status != "FINISHED"]
+    if unfinished:
+        cautions.append(f"not finished: {', '.join(unfinished)}")
+    return cautions
 
 
-def _draw_bits(axes: "Axes", comparison: Comparison) -> None:
-    for index, one in enumerate(comparison.runs):
-        colour, line = _style(index)
-        updates, values = _split(one.curves[EVAL_BITS])
-        axes.plot(updates, values, color=colour, linestyle=line, marker="o", markersize=4)
-    axes.set_title("Validation", fontsize=10, loc="left")
-    axes.set_ylabel("bits per byte")
-    _finish(axes)
+def _results(comparison: Comparison) -> list[tuple[str, list[float], str]]:
+    """Label, each run's value, and the format of it."""
+    runs = comparison.runs
+    rows: list[tuple[str, list[float], str]] = [
+        ("updates", [one.updates for one in runs], ",.0f"),
+        ("tokens trained on", [one.tokens for one in runs], ",.0f"),
+        ("train loss, nats/token (last 5%)", [one.train_loss for one in runs], ".4f"),
+    ]
+    for name in sorted({name for one in runs for name in one.last}):
+        rows.append((f"{name}, last", [one.last.get(name, math.nan) for one in runs], ".4f"))
+        if any(name in one.best for one in runs):
+            best = [one.best[name].value if name in one.best else math.nan for one in runs]
+            rows.append((f"{name}, best", best, ".4f"))
+    common = last_common_evaluation(runs)
+    if common and any(one.curves[EVAL_BITS][-1].update != common[0] for one in runs):
+        rows.append((f"{EVAL_BITS} at update {common[0]:,}", common[1], ".4f"))
+    rows.append(("tokens/s (median)", [one.tokens_per_second for one in runs], ",.0f"))
+    return rows
 
 
-def _finish(axes: "Axes") -> None:
-    axes.set_xlabel("update")
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+def _joined(values: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
 
 
-def _split(curve: Curve) -> tuple[list[int], list[float]]:
-    """Updates and values; what is not finite becomes a gap in the line."""
-    updates = [update for update, _ in curve]
-    return updates, [value if _is_finite(value) else math.nan for _, value in curve]
+def _mean(values: Sequence[float]) -> float:
+    sound = finite(values)
+    return statistics.fmean(sound) if sound else math.nan
 
 
-def _running_mean(values: list[float], window: int) -> list[float]:
-    """Mean over the last `window` values up to each, those that are NaN left out."""
-    recent: deque[float] = deque()
-    total, count, means = 0.0, 0, []
-    for value in values:
-        recent.append(value)
-        if not math.isnan(value):
-            total, count = total + value, count + 1
-        if len(recent) > window and not math.isnan(oldest := recent.popleft()):
-            total, count = total - oldest, count - 1
-        means.append(total / count if count else math.nan)
-    return means
+def _cell(values: Sequence[float], form: str) -> str:
+    sound = finite(values)
+    if not sound:
+        return "-"
+    mean = format(statistics.fmean(sound), form)
+    least, most = format(min(sound), form), format(max(sound), form)
+    return mean if least == most else f"{mean} ({least} to {most})"

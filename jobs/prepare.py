@@ -56,14 +56,7 @@ def prepare_command(
     as_json: bool,
 ) -> None:
     """Prepares what the command line asks for and says what came of it."""
-    if stdlib == bool(sources):
-        raise UserError("expected either SOURCES (files, folders or patterns) or --stdlib")
-    if stdlib and (include or exclude):
-        raise UserError("--stdlib chooses its files itself; leave out --include and --exclude")
-    source = standard_library()
-    if sources:
-        source = SourceSettings(sources, include or ("**/*",), exclude)
-    settings = settings_of(source, options)
+    settings = settings_of(source_of(sources, stdlib, include, exclude), options)
     prepared = prepare_corpus(settings, output, console, refresh_held_out=refresh_held_out)
     if as_json:
         manifest = prepared.manifest
@@ -82,6 +75,17 @@ def prepare_command(
                 "dropped": {reason: drop.count for reason, drop in manifest.drops.items()},
             }
         )
+
+
+def source_of(
+    sources: tuple[str, ...], stdlib: bool, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> SourceSettings:
+    """The files that the command line means."""
+    if stdlib == bool(sources):
+        raise UserError("expected either SOURCES (files, folders or patterns) or --stdlib")
+    if stdlib and (include or exclude):
+        raise UserError("--stdlib chooses its files itself; leave out --include and --exclude")
+    return SourceSettings(sources, include or ("**/*",), exclude) if sources else standard_library()
 
 
 def settings_of(source: SourceSettings, options: PrepareOptions) -> "PrepareSettings":

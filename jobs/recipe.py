@@ -22,6 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from jobs import accelerators
 from jobs.errors import UserError
 from jobs.recipe_yaml import (
+    apply_override,
     dump_yaml,
     expand_preset,
     nearest,
@@ -144,6 +145,8 @@ class ClusterConfig:
     and with more when there is room. The batch and its losses stay the same."""
     cpus_per_worker: int = operational(1)
     """CPU cores that Ray reserves for a worker; XLA is given as many threads."""
+    memory_gib: int = operational(8)
+    """Memory of a worker's container, GiB, where `tvq render` puts it in one."""
     accelerator: Literal["cpu", "gpu", "tpu"] = operational("cpu")
     """What the workers compute on. With workers=0, JAX takes what it finds in this process."""
     devices_per_worker: int | None = operational(None)
@@ -241,6 +244,15 @@ def load(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """
     where = f"recipe {name}"
     return _validated(read_sections(name, overrides, where, _text_fields()), where)
+
+
+def with_overrides(recipe: Recipe, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe with `section.field=value` overrides; raises UserError as `load` does."""
+    where = "override"
+    tree = parse_sections(to_yaml(recipe), where)
+    for override in overrides:
+        apply_override(tree, override, _text_fields())
+    return _validated(tree, where)
 
 
 def resolve(recipe: Recipe, stored: Recipe | None = None) -> Recipe:
@@ -407,6 +419,7 @@ def _check(recipe: Recipe) -> None:
         ("checkpoint.keep_best", recipe.checkpoint.keep_best, 0),
         ("cluster.workers", cluster.least_workers, 0 if isinstance(cluster.workers, int) else 1),
         ("cluster.cpus_per_worker", cluster.cpus_per_worker, 1),
+        ("cluster.memory_gib", cluster.memory_gib, 1),
         ("cluster.fsdp", cluster.fsdp, 1),
         ("cluster.tensor", cluster.tensor, 1),
         ("cluster.max_restarts", cluster.max_restarts, 0),

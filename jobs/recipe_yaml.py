@@ -93,7 +93,7 @@ def read_sections(
     """
     tree = parse_sections(_text_of(name), where)
     for override in overrides:
-        _apply(tree, override, text_fields)
+        apply_override(tree, override, text_fields)
     return tree
 
 
@@ -162,7 +162,8 @@ def _text_of(name: str) -> str:
     return (resources.files("jobs") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def _apply(tree: dict[str, Any], override: str, text_fields: Set[str]) -> None:
+def apply_override(tree: dict[str, Any], override: str, text_fields: Set[str]) -> None:
+    """Sets the field of a `section.field=value` in the sections; raises UserError if it is none."""
     name, equals, value = override.partition("=")
     parts = name.split(".")
     if not equals or len(parts) != 2 or not all(parts):

@@ -7,6 +7,7 @@
              closed.json   the last update, once MLflow holds everything up to it
              stop          there while the training is asked to save and end
              checkpoints/  metrics/  ledger/  logs/
+             evaluations/  what `tvq evaluate` found (jobs/evaluation.py)
 """
 
 import contextlib
@@ -28,7 +29,16 @@ from pipeline.storage import LocalStore, Location, Store, is_url, open_store
 FORMAT_VERSION = 1
 """Of the run directory, recipe.yaml included."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_RESERVED = {"models", "mlartifacts", "corpora"}
+_RESERVED = {
+    "models",
+    "mlartifacts",
+    "corpora",
+    "flows",
+    "launches",
+    "schedules",
+    "sweeps",
+    "ticks",
+}
 """Folders that lie beside the runs under one root."""
 _STOP_SECONDS = 2.0
 """Between two looks for a stop request in an object store."""

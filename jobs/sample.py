@@ -87,7 +87,7 @@ def sample_command(
     begin = np.array([EOS], np.int32)
     read = [np.append(begin, model_ids(tokenizer, text)) if text else begin for text in typed]
     began = time.monotonic()
-    written = _write(
+    written = continuations(
         trained,
         read,
         tokens,
@@ -129,7 +129,7 @@ def _sample(tokenizer: Tokenizer, prompt: bytes, ids: npt.NDArray[np.int32]) -> 
     return Sample(_readable(prompt), text, count, bool(len(ends)))
 
 
-def _write(
+def continuations(
     trained: TrainedModel,
     prompts: Sequence[npt.NDArray[np.int32]],
     n_tokens: int,

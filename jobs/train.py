@@ -16,6 +16,7 @@ from jobs.errors import ExitCode, UserError
 from jobs.lease import Lease, LeaseLostError
 from jobs.loop_contract import Outcome
 from jobs.metric_spool import MetricPoint
+from jobs.provenance import note_start
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory, RunRecord
 from jobs.stopping import StopReason, StopRequests
@@ -87,6 +88,7 @@ def train(
     with Lease(run).held() as lease:
         run = RunDirectory(run.location, patient=True)
         run_log.open_log(run.logs, "driver")
+        note_start(run)
         store = store_of(recipe, run.root)
         tracker = Tracker.start(
             store.uri,
@@ -157,10 +159,15 @@ def store_of(recipe: Recipe, root: Location) -> Store:
 def store_of_run(run: RunDirectory) -> Store:
     """The store that holds the run's MLflow run, with the environment's credentials for it."""
     record = run.record()
-    if record is None or record.tracking_uri is None:
-        return embedded_store(run.root)
+    return recorded_store(record.tracking_uri if record else None, run.root)
+
+
+def recorded_store(tracking_uri: str | None, root: Location) -> Store:
+    """The store that a record names, which holds no credentials; None: the one beside the runs."""
+    if tracking_uri is None:
+        return embedded_store(root)
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return Store(uri if without_credentials(uri) == record.tracking_uri else record.tracking_uri)
+    return Store(uri if without_credentials(uri) == tracking_uri else tracking_uri)
 
 
 def with_corpora(recipe: Recipe) -> tuple[Recipe, Mixture]:

@@ -3,7 +3,11 @@
 from typing import Any, NamedTuple
 
 from jobs import recipe as recipes
-from jobs.checkpoint_manifest import complete_checkpoints
+from jobs.checkpoint_manifest import (
+    CheckpointManifest,
+    DamagedCheckpointError,
+    complete_checkpoints,
+)
 from jobs.errors import UserError
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
@@ -69,4 +73,25 @@ def load_trained_model(run: RunDirectory) -> TrainedModel:
     state, manifest = restored
     return TrainedModel(
         recipe, manifest.update, manifest.fingerprints, state.params, state.codebooks
+    )
+
+
+def load_checkpoint(run: RunDirectory, checkpoint: CheckpointManifest) -> TrainedModel:
+    """Restores one checkpoint, verified, onto the first device of this process.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    from jobs.checkpoints import restore_alone
+
+    try:
+        state = restore_alone(run, checkpoint)
+    except DamagedCheckpointError as damage:
+        others = [str(each.update) for each in complete_checkpoints(run)]
+        raise UserError(
+            f"{damage}; take another checkpoint with --update: there are {', '.join(others)}"
+        ) from None
+    recipe = recipes.from_yaml(checkpoint.recipe, f"the recipe of run {run.name}")
+    return TrainedModel(
+        recipe, checkpoint.update, checkpoint.fingerprints, state.params, state.codebooks
     )

@@ -52,13 +52,17 @@ def flops_per_token(config: ModelConfig, sequence_length: int, *, training: bool
     Quantised, N = M + L + S, the whole buffer and the codewords (the buffer without the compressive
     cache), and besides HSK for the nearest code and HSV for merging values into the cache. Of
     unquantised attention only the causal pairs count, N = (T + 1) / 2. In the dense form L = T.
-    The output is D times the vocabulary. Training is three times the forward pass, plus HSK for the
-    codebook sums; recomputation and the projected position table (once an update) do not count.
+    The output is D times the vocabulary. Training is three times the forward pass, less what has
+    one gradient or none: the nearest code none, codewords none as factors of scores, one-hot codes
+    none in merging; and HSK more for the codebook sums. Not counted: recomputation, and what is
+    done once an update whatever its tokens (`flops_per_update`). With that it is, but for
+    unquantised attention, to the last one what the traced program multiplies.
     """
     D, K, V, S = config.d_model, config.d_key, config.d_value, config.n_codes
     H, G, T = config.kv_heads, config.n_heads, sequence_length
     unit = D * (K + V) * (G + H) + G * (config.window + 1) * K
     unit += D * V * G if config.gated else 2 * D * (config.d_feed_forward or 0)
+    without_gradient = 0
     if config.attends_all_keys:
         columns = (T + 1) // 2
     else:
@@ -66,9 +70,17 @@ def flops_per_token(config: ModelConfig, sequence_length: int, *, training: bool
         if config.compressive_cache:
             columns += S
             unit += H * S * V
+            without_gradient += G * S * K + H * S * V
     unit += G * columns * (K + V)
     codes = H * S * K if config.quantized_keys else 0
     forward = config.n_layers * (unit + codes) + D * config.vocab_size
     if not training:
         return 2 * forward
-    return 2 * (3 * forward + config.n_layers * codes)
+    return 2 * (3 * forward - config.n_layers * (without_gradient + codes))
+
+
+def flops_per_update(config: ModelConfig, *, training: bool = True) -> int:
+    """Those of the projected position table, DK(M + 1) a key head and layer, once a micro-batch of
+    an update (an evaluation: once a batch); training has the gradient of its weights besides."""
+    table = 2 * config.n_layers * config.kv_heads * config.d_key * config.d_model
+    return table * (config.window + 1) * (2 if training else 1)

@@ -29,7 +29,6 @@ from model.config import (
     validate_update_length,
 )
 from model.layers import Randomness
-from model.objective import token_nats
 from model.optimizer import apply_gradients, make_optimizer
 from model.quantizer import (
     Candidates,
@@ -41,6 +40,7 @@ from model.quantizer import (
     spread_centres,
     update_codebooks,
 )
+from model.scoring import token_scores
 from model.stability import SpikeStatistics, judge, no_statistics
 from model.transformer import Cache, bind, initial_cache, initial_network
 
@@ -49,10 +49,6 @@ UPDATE_STREAM, BATCH_STREAM, CODEBOOK_STREAM = 0, 1, 2
 
 CANDIDATES_PER_CODE = 16
 """Keys of the first update over codewords that k-means is given, at most."""
-
-LOGITS_AT_ONCE = 2**24
-"""Logits of the global batch that an evaluation holds at a time (64 MiB in float32), unless those
-of a single position are more."""
 
 
 @runtime_checkable
@@ -357,21 +353,9 @@ def evaluation_step(
 ) -> Float[Array, "B T"]:
     """Negative log-likelihood of each target in nats, float32, 0 where masked.
 
-    The cache begins empty and is carried along the window. Logits are made and used in pieces of
-    positions, LOGITS_AT_ONCE.
+    The cache begins empty and is carried along the window.
     """
     B, T = batch.inputs.shape
-    network = bind(model, params, codebooks)
-    features = network(batch.inputs, initial_cache(model, B, T)).features
-    n_pieces = -(-T // max(1, LOGITS_AT_ONCE // (B * model.vocab_size)))
-    length = -(-T // n_pieces)
-
-    def pieces(array: Array) -> Array:
-        array = jnp.pad(array, [(0, 0), (0, n_pieces * length - T)] + [(0, 0)] * (array.ndim - 2))
-        return jnp.moveaxis(array.reshape(B, n_pieces, length, *array.shape[2:]), 1, 0)
-
-    nats = lax.map(
-        lambda piece: token_nats(network.logits(piece[0]), *piece[1:]),
-        (pieces(features), pieces(batch.targets), pieces(batch.loss_mask)),
-    )
-    return jnp.moveaxis(nats, 0, 1).reshape(B, -1)[:, :T].astype(jnp.float32)
+    cache = initial_cache(model, B, T)
+    targets = (batch.inputs, batch.targets, batch.loss_mask)
+    return token_scores(model, params, codebooks, cache, *targets).nats

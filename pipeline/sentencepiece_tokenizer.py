@@ -68,6 +68,7 @@ class SentencePieceTokenizer:
         self._processor = _processor(model)
         self._texts = [text for text in texts if text is not None]
         self.vocab_size = len(self._texts) + TOKEN_OFFSET
+        self.token_bytes = np.array([len(text) for text in self._texts], np.int64)
         self.dtype = np.min_scalar_type(len(self._texts) - 1)
         if self.dtype.itemsize > 2:
             self.dtype = np.dtype(np.int32)

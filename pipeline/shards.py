@@ -187,6 +187,7 @@ class ShardReader:
         # Without a copy: each batch's tokens stay where the file is mapped.
         self._values: list[npt.NDArray] = []
         self._ids = [batch.column(0) for batch in batches]
+        self._sizes = [[batch.column(index) for batch in batches] for index in (3, 4)]
         for index, batch in enumerate(batches):
             column = batch.column(2)
             offsets = arrow_arrays.view(column.offsets, np.dtype(np.int64))
@@ -220,6 +221,16 @@ class ShardReader:
         """The id of the document that a row belongs to."""
         batch = int(self._batch_of_row[row])
         return self._ids[batch][row - int(self._first_of_batch[batch])].as_py()
+
+    def row_sizes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The bytes [rows] and the words [rows] of the text of each row."""
+        n_bytes, n_words = (
+            arrow_arrays.joined(
+                [arrow_arrays.view(column, np.int64) for column in columns], np.int64
+            )
+            for columns in self._sizes
+        )
+        return n_bytes, n_words
 
     def documents(self) -> Iterator[range]:
         """The rows of each document, in stored order."""

@@ -60,6 +60,11 @@ class Tokenizer(Protocol):
         """The stored ids of a text are its bytes."""
         ...
 
+    @property
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """The bytes of text that each stored id writes [ids]."""
+        ...
+
     def encode(self, text: bytes) -> npt.NDArray:
         """Stored ids [tokens] of a text, or of one part of a long one.
 
@@ -82,6 +87,7 @@ class ByteTokenizer:
     needs_utf8 = False
     model = None
     stores_bytes = True
+    token_bytes = np.ones(256, np.int64)
 
     def encode(self, text: bytes) -> npt.NDArray[np.uint8]:
         """The bytes themselves, without a copy; read-only."""
@@ -103,6 +109,7 @@ class ImageTokenizer:
     needs_utf8 = False
     model = None
     stores_bytes = True
+    token_bytes = np.ones(256, np.int64)
     shape = (64, 64, 3)
     """Rows, pixels of a row, colours of a pixel."""
 

@@ -148,6 +148,17 @@ class Windows:
             return end - begin
         begin = window * self.sequence_length
         end = min(begin + self.sequence_length, int(self._shard_ends[-1]))
+        self.read_stream(begin, out[: end - begin])
+        return end - begin
+
+    def read_stream(self, begin: int, out: npt.NDArray[np.int32]) -> None:
+        """Fill `out` [n] with the stream's targets from position `begin` on; of `stream` windows.
+
+        Raises `CorpusError` naming the shard if it is missing or damaged.
+        """
+        end = begin + len(out)
+        if self._mode != "stream" or not 0 <= begin <= end <= int(self._shard_ends[-1]):
+            raise IndexError(f"the stream has no positions {begin} to {end}")
         index = int(np.searchsorted(self._shard_ends, begin, side="right"))
         at = begin
         while at < end:
@@ -155,7 +166,6 @@ class Windows:
             local = at - int(self._shard_begins[index])
             self._copy(self._shard(index), local, out[at - begin : stop - begin])
             at, index = stop, index + 1
-        return end - begin
 
     def _copy(self, mapped: _Mapped, begin: int, out: npt.NDArray[np.int32]) -> None:
         """Fill `out` from position `begin` of a shard: one copy from the map, ids made a model's"""

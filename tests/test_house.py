@@ -25,14 +25,18 @@ HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "ray", "mlflo
 RAY_IN_JOBS = {
     "jax_backend.py",
     "ray_metrics.py",
+    "ray_scoring.py",
     "ray_session.py",
     "ray_worker.py",
+    "sweep.py",
     "trainer.py",
     "worker_placement.py",
 }
 """The thin files of `jobs` that know Ray."""
 MLFLOW = "jobs/tracking"
 """The folder that knows MLflow."""
+SERVED_MODEL = "served_model.py"
+"""What MLflow imports, and nothing of ours."""
 WITH_JAX = {
     "checkpoint_writer.py", "checkpoints.py", "fallback.py", "global_batch.py", "loop.py",
     "profile_trace.py", "programs.py", "recorder.py", "validation.py",
@@ -110,7 +114,7 @@ def test_ray_and_mlflow_stay_in_few_files(path: Path):
     assert "mlflow" not in roots(path) or name_of(path).startswith(MLFLOW)
     # What the driver or the command line imports leaves the accelerator to the workers.
     heavy = roots(path, when_imported=True) & set(HEAVY)
-    assert not heavy or path.name in WITH_JAX | {"jax_backend.py"}
+    assert not heavy or path.name in WITH_JAX | {"jax_backend.py", SERVED_MODEL}
 
 
 def test_the_lists_above_name_files_that_need_it():
@@ -158,7 +162,7 @@ def test_what_the_driver_imports_leaves_jax_ray_and_mlflow_alone():
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in sources("jobs")
-        if path.name not in WITH_JAX | {"jax_backend.py", "__init__.py"}
+        if path.name not in WITH_JAX | {"jax_backend.py", SERVED_MODEL, "__init__.py"}
     ]
     assert {"jobs.cli", "jobs.train", "jobs.trainer", "jobs.demo"} <= set(modules)
     found = loaded_by("import " + ", ".join(modules))
@@ -210,12 +214,14 @@ def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(wheel: Pa
         metadata = {name.rpartition("/")[2] for name in archive.namelist()} - packed
     expected = {
         name_of(path)
-        for package in PACKAGES
+        for package in (*PACKAGES, "infra")
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file()
+        and "__pycache__" not in path.parts
+        and path.parent != ROOT / "infra/image"
     }
     assert packed == expected
-    assert "jobs/recipes/tiny.yaml" in packed
+    assert {"jobs/recipes/tiny.yaml", "infra/kubernetes/base/network.yaml"} <= packed
     assert {"METADATA", "entry_points.txt", "LICENSE"} <= metadata
 
 
@@ -234,6 +240,14 @@ def test_the_installed_command_finds_its_recipes_wherever_it_is_called(
     (installed / "jobs" / "recipes" / "mine.yaml").write_text("# A recipe only found here.\n")
     assert "mine" in tvq(installed, elsewhere, "recipes").stdout
     (installed / "jobs" / "recipes" / "mine.yaml").unlink()
+
+
+def test_the_installed_command_renders_with_the_files_of_infra(installed: Path, elsewhere: Path):
+    arguments = ("render", "tiny", "data.corpus=gs://b/c", "--for", "kuberay", "--output", "out")
+    ended = tvq(installed, elsewhere, *arguments)
+    assert ended.returncode == 0, ended.stderr
+    for file in ("base/network.yaml", "run/tiny.yaml", "site/kustomization.yaml"):
+        assert (elsewhere / "out" / file).is_file()
 
 
 @pytest.mark.parametrize("file", ["model/__init__.py", "model.py", "pipeline/__init__.py"])

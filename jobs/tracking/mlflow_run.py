@@ -35,7 +35,7 @@ class MlflowRun:
         self.experiment_id = ""
 
     @functools.cached_property
-    def _client(self) -> "MlflowClient":
+    def client(self) -> "MlflowClient":
         from mlflow import MlflowClient
 
         return MlflowClient(tracking_uri=self._store.uri)
@@ -68,7 +68,7 @@ class MlflowRun:
 
     def end(self, status: str) -> None:
         with _plain_errors():
-            self._client.set_terminated(self.run_id, status)
+            self.client.set_terminated(self.run_id, status)
 
     @contextlib.contextmanager
     def answers(self) -> Iterator[None]:
@@ -79,42 +79,42 @@ class MlflowRun:
                     yield
             except Refusal:
                 # Everything is refused for a deleted run; nothing is dropped for that.
-                if self._client.get_run(self.run_id).info.lifecycle_stage == "deleted":
+                if self.client.get_run(self.run_id).info.lifecycle_stage == "deleted":
                     raise _StoreError(f"run {self.run_id} was deleted in MLflow") from None
                 raise
 
     def log_parameters(self, parameters: dict[str, str]) -> None:
         from mlflow.entities import Param
 
-        known = self._client.get_run(self.run_id).data.params
+        known = self.client.get_run(self.run_id).data.params
         new = [Param(name, value) for name, value in parameters.items() if name not in known]
         for begin in range(0, len(new), _PARAMETERS_PER_CALL):
-            self._client.log_batch(self.run_id, params=new[begin : begin + _PARAMETERS_PER_CALL])
+            self.client.log_batch(self.run_id, params=new[begin : begin + _PARAMETERS_PER_CALL])
         changed = [
             f"{name}={value} (was {known[name]})"
             for name, value in parameters.items()
             if known.get(name, value) != value
         ]
         if changed:
-            self._client.set_tag(self.run_id, "tvq.changed_on_resume", ", ".join(changed))
+            self.client.set_tag(self.run_id, "tvq.changed_on_resume", ", ".join(changed))
 
     def log_dataset(self, fields: dict[str, str], context: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         tags = [InputTag("mlflow.data.context", context)]
-        self._client.log_inputs(self.run_id, [DatasetInput(Dataset(**fields), tags)])
+        self.client.log_inputs(self.run_id, [DatasetInput(Dataset(**fields), tags)])
 
     def log_artifact(self, name: str, content: bytes) -> None:
         folder, _, file_name = name.rpartition("/")
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / file_name
             path.write_bytes(content)
-            self._client.log_artifact(self.run_id, str(path), folder or None)
+            self.client.log_artifact(self.run_id, str(path), folder or None)
 
     def log_checkpoint(self, update: int, uri: str, metrics: list[Measurement]) -> None:
         from mlflow.entities import LoggedModelOutput
 
-        client, name = self._client, f"{self._run_name}-{update:08d}"
+        client, name = self.client, f"{self._run_name}-{update:08d}"
         found = client.search_logged_models(
             [self.experiment_id], f"source_run_id = '{self.run_id}' AND name = '{name}'"
         )
@@ -150,11 +150,11 @@ class MlflowRun:
         ]
         if metrics:
             with self.answers():
-                self._client.log_batch(self.run_id, metrics=metrics)
+                self.client.log_batch(self.run_id, metrics=metrics)
 
     def _stored(self, wanted: Measurement) -> Measurement | None:
         """`wanted` as the run holds it, with its timestamp, if it does; NaN equals NaN."""
-        for metric in self._client.get_metric_history(self.run_id, wanted.name):
+        for metric in self.client.get_metric_history(self.run_id, wanted.name):
             if metric.step == wanted.step and repr(metric.value) == repr(wanted.value):
                 return wanted._replace(time_ms=metric.timestamp)
         return None
@@ -162,20 +162,20 @@ class MlflowRun:
     def _find_or_create_experiment(self) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self._client.get_experiment_by_name(self._experiment)
+        found = self.client.get_experiment_by_name(self._experiment)
         if found is None:
             try:
-                return self._client.create_experiment(
+                return self.client.create_experiment(
                     self._experiment,
                     self._store.artifact_location,
                     tags={"mlflow.experimentKind": "custom_model_development"},
                 )
             except MlflowException as error:
-                found = self._client.get_experiment_by_name(self._experiment)
+                found = self.client.get_experiment_by_name(self._experiment)
                 if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
                     raise
         if found.lifecycle_stage == "deleted":
-            self._client.restore_experiment(found.experiment_id)
+            self.client.restore_experiment(found.experiment_id)
         return found.experiment_id
 
     def _find_or_create_run(self, experiment_id: str) -> "Run":
@@ -185,12 +185,12 @@ class MlflowRun:
         run = None
         if self.run_id:
             try:
-                run = self._client.get_run(self.run_id)
+                run = self.client.get_run(self.run_id)
             except MlflowException as error:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
         if run is None:
-            found = self._client.search_runs(
+            found = self.client.search_runs(
                 [experiment_id],
                 f"tags.`{RUN_KEY_TAG}` = '{self._run_key}'",
                 run_view_type=ViewType.ALL,
@@ -208,15 +208,15 @@ class MlflowRun:
             }
             with contextlib.suppress(KeyError, OSError):  # No such user in this container.
                 tags["mlflow.user"] = getpass.getuser()
-            return self._client.create_run(experiment_id, tags=tags, run_name=self._run_name)
+            return self.client.create_run(experiment_id, tags=tags, run_name=self._run_name)
         if run.info.lifecycle_stage == "deleted":
-            self._client.restore_run(run.info.run_id)
+            self.client.restore_run(run.info.run_id)
         if run.info.status != "RUNNING":
-            self._client.update_run(run.info.run_id, status="RUNNING")
+            self.client.update_run(run.info.run_id, status="RUNNING")
         return run
 
     def _count_runs(self, experiment_id: str) -> int:
-        return len(self._client.search_runs([experiment_id], max_results=1000))
+        return len(self.client.search_runs([experiment_id], max_results=1000))
 
 
 class _StoreError(Exception):

@@ -27,19 +27,68 @@ class RunSummary(NamedTuple):
     metrics: dict[str, float]
     """Last value of each metric."""
     tags: dict[str, str]
+    datasets: dict[str, list[str]]
+    """Digests of the corpus splits, by what the run used them for: training, evaluation."""
+
+
+class Point(NamedTuple):
+    """One value of a metric."""
+
+    step: int
+    value: float
+    time_ms: int
+    """Unix time of the measurement, milliseconds."""
 
 
 def run(uri: str, run_id: str) -> RunSummary:
     """One run. Raises UserError if the store does not answer or has no such run."""
-    with _reading(uri) as client:
+    with reading(uri) as client:
         return _summary(client.get_run(run_id))
+
+
+def find_runs(uri: str, experiment: str, query: str) -> list[RunSummary]:
+    """The runs of an experiment for which an MLflow filter holds, the oldest first.
+
+    Args:
+        query: such as "params.`model.d_model` = '64' and attributes.status = 'FINISHED'"; empty:
+            all of them.
+
+    Raises:
+        UserError: the store does not answer, has no such experiment or cannot read the filter.
+    """
+    with reading(uri) as client:
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            raise UserError(
+                f"--experiment {experiment}: MLflow at {without_credentials(uri)} has none of that"
+                " name; `tvq ui` shows those that are"
+            )
+        runs, token = [], None
+        while True:
+            page = client.search_runs(
+                [found.experiment_id],
+                query,
+                max_results=1000,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            runs += map(_summary, page)
+            token = page.token
+            if not token:
+                return runs
 
 
 def history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
     """(step, value) of a metric by step; empty if the run has none of that name."""
-    with _reading(uri) as client:
-        points = client.get_metric_history(run_id, metric)
-        return [(m.step, m.value) for m in sorted(points, key=lambda m: (m.step, m.timestamp))]
+    return [(point.step, point.value) for point in points(uri, run_id, metric)]
+
+
+def points(uri: str, run_id: str, metric: str) -> list[Point]:
+    """A metric by step, with its times; empty if the run has none of that name."""
+    with reading(uri) as client:
+        found = client.get_metric_history(run_id, metric)
+        by_step = sorted(found, key=lambda m: (m.step, m.timestamp))
+        return [Point(m.step, m.value, m.timestamp) for m in by_step]
 
 
 def add_to_run(uri: str, run_id: str, values: Mapping[str, float], step: int) -> None:
@@ -48,7 +97,7 @@ def add_to_run(uri: str, run_id: str, values: Mapping[str, float], step: int) ->
     Raises UserError if the store does not answer or has no such run.
     """
     time_ms = time.time_ns() // 1_000_000
-    with _reading(uri) as client:
+    with reading(uri) as client:
         from mlflow.entities import Metric
 
         new = [
@@ -60,7 +109,8 @@ def add_to_run(uri: str, run_id: str, values: Mapping[str, float], step: int) ->
 
 
 @contextlib.contextmanager
-def _reading(uri: str) -> "Iterator[MlflowClient]":
+def reading(uri: str) -> "Iterator[MlflowClient]":
+    """A client of a store that must exist; what goes wrong with it is a UserError of one line."""
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not path.exists():
         raise UserError(f"{path}: no MLflow store there; `tvq train` makes it")
@@ -69,12 +119,18 @@ def _reading(uri: str) -> "Iterator[MlflowClient]":
 
     try:
         yield MlflowClient(tracking_uri=uri)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"MLflow at {without_credentials(uri)}: {reason(error)}") from error
 
 
 def _summary(run: "Run") -> RunSummary:
     info, data = run.info, run.data
+    datasets: dict[str, list[str]] = {}
+    for used in run.inputs.dataset_inputs if run.inputs else ():
+        context = next((tag.value for tag in used.tags if tag.key == "mlflow.data.context"), "")
+        datasets.setdefault(context, []).append(used.dataset.digest)
     return RunSummary(
         info.run_id,
         info.run_name or info.run_id,
@@ -84,4 +140,5 @@ def _summary(run: "Run") -> RunSummary:
         dict(data.params),
         dict(data.metrics),
         dict(data.tags),
+        datasets,
     )

@@ -15,9 +15,9 @@ from jobs.comparison import (
     as_json,
     compare,
     difference_table,
-    plot,
     result_table,
 )
+from jobs.comparison_figure import plot
 from jobs.errors import UserError
 from jobs.metric_spool import MetricPoint, MetricSpool
 from jobs.tracking.reading import add_to_run

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.claims import Claim
 from jobs.errors import ExitCode, UserError
 from jobs.lease import Fence, Lease, LeaseLostError
 from jobs.run_directory import RunDirectory, RunRecord, list_runs
@@ -409,9 +410,9 @@ def test_who_lost_the_lease_stops_and_leaves_it_to_the_new_holder(run: RunDirect
             with pytest.raises(LeaseLostError, match="another driver"):
                 Fence(run, old.owner).raise_over_others()
             Fence(run, new.owner).raise_over_others()
-            old_renewal = Lease(run, clock=clock, renew_seconds=0.01)
-            old_renewal.owner = old.owner
-            old_renewal._renew()  # ends by itself: the lease is not its own
+            woken = Claim(run.store, clock=clock)
+            woken.owner = old.owner
+            assert not woken.renew()  # it is not its own any more
             assert json.loads((run.path / "lease.json").read_text())["owner"] == new.owner
         with pytest.raises(LeaseLostError):
             fence.check()

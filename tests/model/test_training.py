@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import training
+from model import scoring
 from model.config import ConfigError
 from model.layers import Purpose, Randomness, keep, keep_by_row
 from model.objective import objective
@@ -96,7 +96,7 @@ def test_evaluation_never_holds_all_logits(monkeypatch):
     whole, pieces = (jax.jit(functools.partial(evaluation_step, model)) for _ in range(2))
     expected = whole(*arguments)
     limit = 4 * 5 * model.vocab_size
-    monkeypatch.setattr(training, "LOGITS_AT_ONCE", limit)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", limit)
     np.testing.assert_allclose(pieces(*arguments), expected, atol=1e-6)
     logits = [
         variable.aval.size

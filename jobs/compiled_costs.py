@@ -1,0 +1,435 @@
+"""What a compiled program does: matrix products, memory traffic and collectives, from XLA's text.
+
+XLA's own `cost_analysis` counts the body of a loop once, and a Transformer's step is loops within
+loops: updates, layers, blocks of the attention. Here each instruction counts as often as the loops
+around it go round. Nothing of JAX is needed: the text is read as it was printed, and so it can be
+kept and read again.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "s64": 64, "u64": 64, "f64": 64,
+         "c64": 64, "c128": 128}  # fmt: skip
+_PASSES = {"highest": 6, "high": 3}
+"""Passes over a bfloat16 matrix unit that a product of float32 takes at that precision."""
+
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
+    "partition-id", "replica-id", "optimization-barrier", "add-dependency", "domain",
+}  # fmt: skip
+_COLLECTIVES = (
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
+    "ragged-all-to-all", "collective-broadcast",
+)  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+_SEE_THROUGH = ("bitcast", "reshape", "copy", "transpose")
+
+
+class Array(NamedTuple):
+    """An array of the program."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    """Bytes, with the padding of the device's tiles."""
+    memory: int
+    """Memory space: 0 is the device's main memory, others are on the chip itself."""
+
+
+class Instruction(NamedTuple):
+    """A line of the program."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    """What it gives."""
+    operands: tuple[str, ...]
+    rest: str
+    """Its attributes."""
+    root: bool
+
+
+class Cost(NamedTuple):
+    """What a program does, a device, each time it is run."""
+
+    flops: int
+    """Two per multiply-add of a matrix product."""
+    unit_flops: int
+    """The same, but each product as often as a bfloat16 matrix unit has to take it: float32
+    products of the highest precision count six times."""
+    traffic: int
+    """Bytes read from and written to the device's main memory, each instruction on its own."""
+    collectives: dict[str, int]
+    """Bytes that a device sends, by kind of collective."""
+    times: dict[tuple[int, int], int]
+    """(unit_flops, traffic) of an instruction to how often it is run: for a roofline of each."""
+    open_loops: int
+    """Loops whose number of rounds is not in the text; they count as one round."""
+
+
+def read_costs(text: str) -> Cost:
+    """Of the text of a compiled program (`Compiled.as_text()`)."""
+    return _Program(text).cost()
+
+
+class _Program:
+    def __init__(self, text: str):
+        self._computations, self._entry = _computations(text)
+        self._flops = self._unit_flops = self._traffic = self._open_loops = 0
+        self._collectives: dict[str, int] = {}
+        self._times: dict[tuple[int, int], int] = {}
+
+    def cost(self) -> Cost:
+        self._walk(self._entry, 1)
+        return Cost(self._flops, self._unit_flops, self._traffic, self._collectives, self._times,
+                    self._open_loops)  # fmt: skip
+
+    def _walk(self, computation: str, rounds: int) -> None:
+        table = self._computations[computation]
+        for instruction in table.values():
+            opcode = instruction.opcode
+            if opcode == "while":
+                trips = self._trips(instruction, table)
+                self._open_loops += trips is None
+                self._walk(_called(instruction, "body"), rounds * (1 if trips is None else trips))
+            elif opcode == "conditional":
+                self._walk(self._heaviest(_branches(instruction)), rounds)
+            elif opcode == "call":
+                self._walk(_called(instruction, "to_apply"), rounds)
+            elif opcode not in _FREE:
+                self._count(instruction, table, rounds)
+
+    def _count(self, instruction: Instruction, table: dict[str, Instruction], rounds: int) -> None:
+        flops, unit_flops = self._products(instruction, table, rounds)
+        traffic = self._bytes(instruction, table)
+        self._flops += rounds * flops
+        self._unit_flops += rounds * unit_flops
+        self._traffic += rounds * traffic
+        if unit_flops or traffic:
+            key = (unit_flops, traffic)
+            self._times[key] = self._times.get(key, 0) + rounds
+
+    # ---- Matrix products and collectives, in fusions too ----------------------------------------
+
+    def _products(
+        self, instruction: Instruction, table: dict[str, Instruction], rounds: int
+    ) -> tuple[int, int]:
+        """FLOPs of an instruction, once and by passes; counts the collectives in it."""
+        opcode = instruction.opcode
+        kind = opcode.removesuffix("-start")
+        if kind in _COLLECTIVES:
+            sent = _sent(kind, instruction, table)
+            self._collectives[kind] = self._collectives.get(kind, 0) + rounds * sent
+        if opcode in ("dot", "convolution", "custom-call"):
+            flops = _flops(instruction, table)
+            return flops, flops * _passes(instruction, table)
+        flops = unit_flops = 0
+        if inner := _called(instruction, "calls"):
+            for each in self._computations[inner].values():
+                more = self._products(each, self._computations[inner], rounds)
+                flops, unit_flops = flops + more[0], unit_flops + more[1]
+        return flops, unit_flops
+
+    # ---- Memory traffic -------------------------------------------------------------------------
+
+    def _bytes(self, instruction: Instruction, table: dict[str, Instruction]) -> int:
+        opcode = instruction.opcode
+        if opcode.endswith("-start"):
+            return 0  # counted where it ends
+        if opcode.endswith("-done"):
+            start = table[instruction.operands[0]]
+            moved = sum(array.size for array in instruction.arrays)
+            source = table[start.operands[0]].arrays if start.operands else ()
+            reads = moved if all(array.memory == 0 for array in source) else 0
+            return reads + _in_main_memory(instruction.arrays)
+        if opcode == "custom-call" and not instruction.operands:
+            return 0  # a buffer that is set aside
+        if opcode in ("dynamic-slice", "slice", "gather"):
+            return _touched(instruction, table[instruction.operands[0]])
+        if opcode == "dynamic-update-slice":
+            update = table[instruction.operands[1]]
+            return _touched(update, update) + _in_main_memory(update.arrays)
+        if opcode == "fusion" and (inner := _called(instruction, "calls")):
+            return self._bytes_of_fusion(instruction, table, self._computations[inner])
+        read = sum(_in_main_memory(table[name].arrays) for name in set(instruction.operands))
+        return read + _in_main_memory(instruction.arrays)
+
+    def _bytes_of_fusion(
+        self,
+        fusion: Instruction,
+        outer: dict[str, Instruction],
+        inner: dict[str, Instruction],
+    ) -> int:
+        """Of parameters that are only sliced, the slices; of results updated in place, the
+        update."""
+        users: dict[str, list[Instruction]] = {}
+        for each in inner.values():
+            for operand in each.operands:
+                users.setdefault(operand, []).append(each)
+        total = 0
+        for each in inner.values():
+            if each.opcode == "parameter":
+                argument = outer[fusion.operands[int(each.rest.partition(")")[0])]]
+                if all(array.memory == 0 for array in argument.arrays):
+                    total += _read_of(each, users)
+        root = next(each for each in inner.values() if each.root)
+        parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        for array, part in zip(fusion.arrays, parts, strict=False):
+            while part.opcode in _SEE_THROUGH and part.operands:
+                part = inner[part.operands[0]]
+            if array.memory:
+                continue
+            written = array.size
+            if part.opcode == "dynamic-update-slice":
+                written = sum(a.size for a in inner[part.operands[1]].arrays)
+            total += written
+        return total
+
+    # ---- Control flow ---------------------------------------------------------------------------
+
+    def _trips(self, loop: Instruction, table: dict[str, Instruction]) -> int | None:
+        """Rounds of a loop that counts up by one to a constant; None of another."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+            return int(known[1])
+        condition = self._computations[_called(loop, "condition")]
+        root = next(each for each in condition.values() if each.root)
+        if root.opcode != "compare" or "direction=LT" not in root.rest:
+            return None
+        counter, limit = (condition[name] for name in root.operands)
+        index = re.match(r"index=(\d+)", counter.rest)
+        end = _constant(limit)
+        if counter.opcode != "get-tuple-element" or index is None or end is None:
+            return None
+        begin = self._beginning(table, loop.operands[0], int(index[1]))
+        return max(0, end - begin)
+
+    def _beginning(self, table: dict[str, Instruction], operand: str, index: int) -> int:
+        """The value that a loop's counter begins with: 0 unless a constant says otherwise."""
+        state = table[operand]
+        if state.opcode != "tuple":
+            return 0
+        first = table[state.operands[index]]
+        while first.opcode in ("copy", "bitcast") and first.operands:
+            first = table[first.operands[0]]
+        return _constant(first) or 0
+
+    def _heaviest(self, branches: list[str]) -> str:
+        return max(branches, key=lambda name: len(self._computations[name]))
+
+
+# ---- Figures of an instruction -------------------------------------------------------------------
+
+
+def _in_main_memory(arrays: tuple[Array, ...]) -> int:
+    return sum(array.size for array in arrays if array.memory == 0)
+
+
+def _touched(part: Instruction, whole: Instruction) -> int:
+    """Bytes read of a whole of which a part is taken, and written as that part."""
+    reads = sum(a.size for a in part.arrays) if all(a.memory == 0 for a in whole.arrays) else 0
+    return reads + (_in_main_memory(part.arrays) if part is not whole else 0)
+
+
+def _read_of(parameter: Instruction, users: dict[str, list[Instruction]]) -> int:
+    """Bytes that a fusion reads of a parameter."""
+    size = sum(array.size for array in parameter.arrays)
+    sliced = 0
+    for user in _users(parameter.name, users):
+        if user.opcode in _SLICES:
+            sliced += sum(array.size for array in user.arrays)
+        elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name):
+            return size
+    return min(size, sliced)
+
+
+def _users(name: str, users: dict[str, list[Instruction]]) -> Iterator[Instruction]:
+    for user in users.get(name, []):
+        if user.opcode == "bitcast":
+            yield from _users(user.name, users)
+        else:
+            yield user
+
+
+def _flops(product: Instruction, table: dict[str, Instruction]) -> int:
+    out = math.prod(product.arrays[0].shape)
+    if product.opcode == "dot":
+        left = table[product.operands[0]].arrays[0].shape
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.rest)
+        axes = [int(axis) for axis in (contracted[1] if contracted else "").split(",") if axis]
+        return 2 * out * math.prod(left[axis] for axis in axes)
+    if product.opcode == "custom-call":  # a product that a library makes: [.., m, k] by [.., k, n]
+        if not re.search(r'custom_call_target="[^"]*(matmul|gemm|dot)', product.rest):
+            return 0
+        left = table[product.operands[0]].arrays[0].shape
+        right = table[product.operands[1]].arrays[0].shape
+        batch = math.prod(product.arrays[0].shape[:-2])
+        both = math.prod(left) * math.prod(right) // batch**2
+        return 2 * batch * math.isqrt(both * (out // batch))
+    return _flops_of_convolution(product, table)
+
+
+def _flops_of_convolution(product: Instruction, table: dict[str, Instruction]) -> int:
+    """A TPU's matrix products are convolutions: batch axes become spatial ones, most of whose
+    window falls on padding and costs nothing."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", product.rest)
+    assert labels is not None
+    inputs, kernel, outputs = labels[1], labels[2], labels[3]
+    left = table[product.operands[0]].arrays[0].shape
+    right = table[product.operands[1]].arrays[0].shape
+    result = product.arrays[0].shape
+    flops = 2 * result[outputs.index("b")] * result[outputs.index("f")] * right[kernel.index("i")]
+    window = re.search(r"window=\{([^}]*)\}", product.rest)
+    fields = dict(part.split("=") for part in window[1].split()) if window else {}
+    spatial = [label for label in outputs if label.isdigit()]
+    for number, label in enumerate(spatial):
+
+        def field(name: str, default: str, number: int = number) -> str:
+            return fields[name].split("x")[number] if name in fields else default
+
+        low = int(field("pad", "0_0").split("_")[0])
+        flops *= _overlaps(
+            left[inputs.index(label)],
+            right[kernel.index(label)],
+            result[outputs.index(label)],
+            low,
+            int(field("stride", "1")),
+            int(field("lhs_dilate", "1")),
+            int(field("rhs_dilate", "1")),
+        )
+    return flops
+
+
+def _overlaps(
+    size: int, window: int, out: int, low: int, stride: int, dilate: int, window_dilate: int
+) -> int:
+    """Pairs of a position of the result and one of the window that meet an element, not padding."""
+    span = (size - 1) * dilate + 1
+    count = 0
+    for position in range(out):
+        first = position * stride - low
+        for tap in range(window):
+            at = first + tap * window_dilate
+            count += 0 <= at < span and at % dilate == 0
+    return count
+
+
+def _passes(product: Instruction, table: dict[str, Instruction]) -> int:
+    if any(table[name].arrays[0].dtype != "f32" for name in product.operands[:2]):
+        return 1
+    precision = re.search(r"operand_precision=\{(\w+)", product.rest)
+    return _PASSES.get(precision[1], 1) if precision else 1
+
+
+def _sent(kind: str, instruction: Instruction, table: dict[str, Instruction]) -> int:
+    """Bytes that each device sends, by the ring algorithms."""
+    n = _group(instruction.rest)
+    given = sum(a.size for name in instruction.operands for a in table[name].arrays)
+    if kind == "collective-permute":
+        return given
+    if kind == "all-reduce":
+        return 2 * given * (n - 1) // n
+    if kind == "all-gather":
+        return given * (n - 1)
+    return given * (n - 1) // n
+
+
+def _group(rest: str) -> int:
+    """Devices that take part in a collective together; XLA writes it in three ways."""
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", axes[2]))
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(counted[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+    return len(listed[1].split(",")) if listed else 1
+
+
+# ---- Reading the text ----------------------------------------------------------------------------
+
+
+def _computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """By name, each computation's instructions by name; and which one is the entry."""
+    found: dict[str, dict[str, Instruction]] = {}
+    entry, inside = "", None
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            head = re.match(r"(ENTRY )?%?([\w.\-]+)", line)
+            if head is None or line.startswith("HloModule"):
+                continue
+            inside = found.setdefault(head[2], {})
+            entry = head[2] if head[1] else entry
+        elif line.startswith("}"):
+            inside = None
+        elif inside is not None and " = " in line:
+            instruction = _instruction(line)
+            inside[instruction.name] = instruction
+    return found, entry
+
+
+def _instruction(line: str) -> Instruction:
+    name, _, right = line.strip().partition(" = ")
+    root = name.startswith("ROOT ")
+    end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
+    shapes, right = right[:end], right[end:].lstrip()
+    opcode, _, right = right.partition("(")
+    close = _closing(f"({right}", 0) - 1
+    inside, rest = right[:close], right[close + 1 :].lstrip(", ")
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    if opcode in ("parameter", "constant"):
+        rest = f"{inside}) {rest}"
+    return Instruction(
+        name.removeprefix("ROOT ").lstrip("%"), opcode, tuple(_arrays(shapes)), operands, rest, root
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for index in range(start, len(text)):
+        if text[index] == "(":
+            depth += 1
+        elif text[index] == ")":
+            depth -= 1
+            if depth == 0:
+                return index
+    raise ValueError(f"not the text of a compiled program: {text[:80]}")
+
+
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+
+
+def _arrays(shapes: str) -> Iterator[Array]:
+    for dtype, dims, layout in _ARRAY.findall(shapes):
+        shape = tuple(int(size) for size in dims.split(",") if size)
+        space = re.search(r"S\((\d+)\)", layout)
+        yield Array(dtype, shape, _bytes(dtype, shape, layout), int(space[1]) if space else 0)
+
+
+def _bytes(dtype: str, shape: tuple[int, ...], layout: str) -> int:
+    order, _, tiles = layout.partition(":")
+    physical = [shape[int(axis)] for axis in reversed(order.split(","))] if order else list(shape)
+    if tile := re.match(r"T\(([\d,]+)\)", tiles):
+        sizes = [int(size) for size in tile[1].split(",")]
+        for back, size in enumerate(reversed(sizes), start=1):
+            if back <= len(physical):
+                physical[-back] = -(-physical[-back] // size) * size
+    bits = _BITS.get(dtype) or int(re.sub(r"\D.*", "", dtype[1:]) or 32)
+    return math.prod(physical) * bits // 8
+
+
+def _called(instruction: Instruction, attribute: str) -> str:
+    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.rest)
+    return found[1] if found else ""
+
+
+def _branches(instruction: Instruction) -> list[str]:
+    if listed := re.search(r"branch_computations=\{([^}]*)\}", instruction.rest):
+        return [name.strip().lstrip("%") for name in listed[1].split(",")]
+    return [_called(instruction, f"{which}_computation") for which in ("true", "false")]
+
+
+def _constant(instruction: Instruction) -> int | None:
+    value = re.match(r"(-?\d+)\)", instruction.rest)
+    return int(value[1]) if instruction.opcode == "constant" and value else None

@@ -1,0 +1,99 @@
+"""`tvq schedule serve` and `tvq schedule tick`: looks at the schedules until told not to."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from jobs.console import Console
+from jobs.errors import ExitCode, UserError
+from jobs.flow_folder import flow_state
+from jobs.launchers import LocalLauncher
+from jobs.schedule import ScheduleFolder
+from jobs.scheduler import Scheduler
+from pipeline.storage import LocalStore, Location, open_store
+
+_LOOK_SECONDS = 1.0
+_LOOK_SECONDS_IN_A_BUCKET = 10.0
+"""A look is one request a schedule: 9,000 a day."""
+
+
+def serve_command(root: Location, *, console: Console) -> None:
+    """Sees to all schedules until Ctrl-C or SIGTERM."""
+    scheduler = _scheduler(root, console)
+    pause = _pause(root)
+    console.line(f"serving the schedules under {open_store(root).location}; Ctrl-C ends it")
+    with _told_to_stop() as stop:
+        while not stop.is_set():
+            due = scheduler.step()
+            stop.wait(max(0.05, min(pause, due - time.time())))
+    scheduler.let_go()
+    console.line("stopped; what was launched goes on, and the next daemon sees to it")
+
+
+def tick_command(root: Location, name: str, *, console: Console) -> None:
+    """Sees to what is due of one schedule, and ends when that is done.
+
+    Raises:
+        UserError: there is no such schedule, or what was run did not succeed.
+    """
+    ScheduleFolder.existing(root, name)
+    scheduler = _scheduler(root, console)
+    seen: set[str] = set()
+    with _told_to_stop() as stop:
+        while not stop.is_set():
+            scheduler.step(only=name)
+            seen |= {tick for _, tick in scheduler.open}
+            if not scheduler.open:
+                break
+            stop.wait(_pause(root))
+    scheduler.let_go()
+    outcomes = scheduler.outcomes
+    if bad := [tick for tick in sorted(seen) if outcomes.get((name, tick)) == "failed"]:
+        raise UserError(
+            f"schedule {name}: tick {bad[-1]} failed; see `tvq schedule history {name}`",
+            ExitCode.FAILED,
+        )
+    if not seen:
+        console.line(f"schedule {name}: nothing is due that is not seen to already")
+
+
+def _scheduler(root: Location, console: Console) -> Scheduler:
+    store = open_store(root)
+    launches = (
+        store.root / "launches"
+        if isinstance(store, LocalStore)
+        else Path(os.environ.get("XDG_STATE_HOME", "~/.local/state")).expanduser() / "tvq/launches"
+    )
+    location = store.location
+
+    return Scheduler(
+        location,
+        LocalLauncher(launches),
+        run_state=lambda name, tick: flow_state(location, name, tick),
+        say=console.line,
+        warn=console.warning,
+    )
+
+
+def _pause(root: Location) -> float:
+    is_local = isinstance(open_store(root), LocalStore)
+    return _LOOK_SECONDS if is_local else _LOOK_SECONDS_IN_A_BUCKET
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[threading.Event]:
+    """Set by Ctrl-C and SIGTERM, so that no look is broken off in its middle."""
+    stop = threading.Event()
+    before = {
+        number: signal.signal(number, lambda *_: stop.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

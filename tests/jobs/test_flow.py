@@ -1,0 +1,149 @@
+"""A flow of real trainings: what is done is not done again, what broke goes on, the better stays."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs import flow_stages
+from jobs.cli import run_cli
+from jobs.console import Console
+from jobs.errors import ExitCode
+from jobs.flow import run_flow
+from jobs.flow_file import load_flow
+from jobs.flow_folder import FlowFolder, flow_state
+from jobs.run_directory import list_runs
+from jobs.tracking.parent_run import children
+from jobs.tracking.store import embedded_store
+from tests.micro import RECIPE
+
+FLOW = """\
+name: nightly
+prepare: books --output corpora/books --validation 0.3 --test 0
+train: ./micro.yaml
+begin_from: champion
+"""
+TICKS = [f"2026010{day}T020000Z" for day in range(1, 8)]
+
+
+def text(number: int, paragraphs: int = 120) -> str:
+    lines = (
+        f"In the year {number * 37 + k} the {k % 17}th ship came home." for k in range(paragraphs)
+    )
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    (tmp_path / "micro.yaml").write_text(RECIPE)
+    (tmp_path / "nightly.yaml").write_text(FLOW)
+    (tmp_path / "books").mkdir()
+    for number in range(40):
+        (tmp_path / "books" / f"{number}.txt").write_text(text(number))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TVQ_ROOT", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+@pytest.mark.ray
+@pytest.mark.tracking
+@pytest.mark.compiles
+def test_a_flow_breaks_goes_on_finds_nothing_new_and_then_something(
+    workplace: Path, monkeypatch, capsys
+):
+    root, console = workplace / "runs", Console(quiet=True)
+    flow = load_flow("nightly.yaml").absolute()
+    crowned = flow_stages.Stages._crown
+
+    def breaks(*_: object) -> None:
+        raise ZeroDivisionError
+
+    # The first tick breaks where the champion is made.
+    monkeypatch.setattr(flow_stages.Stages, "_crown", breaks)
+    with pytest.raises(ZeroDivisionError):
+        run_flow(flow, TICKS[0], root, console)
+    assert flow_state(root, "nightly", TICKS[0]) is None
+    [trained] = list_runs(root)
+    before = (trained.path / "closed.json").stat().st_mtime_ns
+    monkeypatch.setattr(flow_stages.Stages, "_crown", crowned)
+    first = run_flow(flow, TICKS[0], root, console)
+    assert flow_state(root, "nightly", TICKS[0]) == "succeeded"
+    assert first.seconds["train"] == 0
+    assert first.corpus.reused
+    assert first.verdict.outcome == "promoted"
+    assert first.champion == first.candidate.run == trained.location
+    assert (trained.path / "closed.json").stat().st_mtime_ns == before
+
+    # Again, and by the command: it is done.
+    assert run_flow(flow, TICKS[0], root, console) == first
+    assert run_cli(["flow", "run", "nightly.yaml", "--tick", TICKS[0], "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["champion"] == first.champion
+
+    # Nothing new: nothing is trained.
+    second = run_flow(flow, TICKS[1], root, console)
+    assert second.candidate.run == first.champion
+    assert second.verdict.outcome == "inconclusive"
+    assert "nothing is new" in second.verdict.why
+    assert len(list_runs(root)) == 1
+
+    # More text: an increment, and a training that begins where the champion is.
+    for number in range(40, 60):
+        (workplace / "books" / f"{number}.txt").write_text(text(number))
+    third = run_flow(flow, TICKS[2], root, console)
+    assert third.corpus.increments == 2
+    assert third.corpus.fingerprints["validation"] == first.corpus.fingerprints["validation"]
+    assert third.corpus.tokens > first.corpus.tokens
+    assert third.candidate.run != first.champion
+    assert third.verdict.champion_bits_per_byte == first.verdict.bits_per_byte
+    assert third.verdict.outcome == "promoted"  # forty updates more, from forty
+    assert third.champion == third.candidate.run
+    recipe = (Path(third.candidate.run) / "recipe.yaml").read_text()
+    assert f"init_from: {first.champion}@40" in recipe
+
+    # In MLflow: the parent of each tick, with its stages under it.
+    store = embedded_store(root)
+    under = children(store, "tvq", f"nightly-{TICKS[2]}")
+    assert {run["name"] for run in under} == {
+        f"nightly-{TICKS[2]}-prepare",
+        f"nightly-{TICKS[2]}-judge",
+        Path(third.candidate.run).name,
+    }
+    assert {run["status"] for run in under} == {"FINISHED"}
+    [judged] = [run for run in under if run["name"].endswith("judge")]
+    assert judged["metrics"]["bits_per_byte"] == third.verdict.bits_per_byte
+    assert judged["tags"]["outcome"] == "promoted"
+
+    # What people see.
+    assert run_cli(["flow", "show", "nightly.yaml"]) == ExitCode.OK
+    shown = capsys.readouterr().out
+    assert f"champion  {third.champion} at update 40" in shown
+    assert shown.index(TICKS[2]) < shown.index(TICKS[0])
+    # The champion's checkpoint is pinned.
+    assert (Path(third.candidate.run) / "checkpoints").is_dir()
+
+
+def test_a_tick_that_another_process_runs_is_busy(workplace: Path, capsys):
+    claim = FlowFolder(workplace / "runs", "nightly", TICKS[0]).claim()
+    assert claim.take() is None
+    assert flow_state(workplace / "runs", "nightly", TICKS[0]) == "running"
+    assert run_cli(["flow", "run", "nightly.yaml", "--tick", TICKS[0]]) == ExitCode.BUSY
+    assert "is being run by process" in capsys.readouterr().err
+    claim.give_back()
+    assert flow_state(workplace / "runs", "nightly", TICKS[0]) is None
+
+
+def test_a_flow_is_the_same_from_its_own_yaml_and_from_anywhere(workplace: Path, monkeypatch):
+    flow = load_flow("nightly.yaml").absolute()
+    (workplace / "elsewhere").mkdir()
+    monkeypatch.chdir(workplace / "elsewhere")
+    (workplace / "elsewhere" / "copy.yaml").write_text(flow.to_yaml())
+    assert load_flow("copy.yaml").absolute() == flow
+    assert flow.corpus == str(workplace / "corpora" / "books")
+    shutil.rmtree(workplace / "elsewhere")
+
+
+def test_what_is_no_tick_is_refused(workplace: Path, capsys):
+    assert run_cli(["flow", "run", "nightly.yaml", "--tick", "tomorrow"]) == ExitCode.USER
+    assert "expected a UTC instant" in capsys.readouterr().err
