@@ -30,7 +30,7 @@ from jobs.ray_session import ray_session
 from jobs.ray_worker import run_loop_in_worker
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
-from jobs.train import with_corpora
+from jobs.settled import with_corpora
 from jobs.trainer import on_workers
 
 TARGET_SECONDS = 1e-3

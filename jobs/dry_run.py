@@ -10,7 +10,7 @@ from jobs.console import Console
 from jobs.lease import is_held
 from jobs.recipe import ClusterConfig, Recipe
 from jobs.run_directory import RunDirectory
-from jobs.train import changed_fields, refuse_other_corpus, settled, with_corpora
+from jobs.settled import changed_fields, refuse_other_corpus, settled, with_corpora
 from jobs.units import targets_of
 from model.counts import flops_per_token, parameter_count
 from pipeline.mixture import Mixture

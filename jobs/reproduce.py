@@ -28,7 +28,8 @@ def reproduce_command(
     Raises:
         UserError: no such run, the corpus is another one, or an override changes the mathematics.
     """
-    from jobs.train import train, with_corpora
+    from jobs.settled import with_corpora
+    from jobs.train import train
 
     original = RunDirectory.existing(root, name)
     record = original.record()

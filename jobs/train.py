@@ -4,12 +4,11 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jobs import init_from, run_log
 from jobs import recipe as recipes
+from jobs import run_log
 from jobs.checkpoint_manifest import checkpoint_store, complete_checkpoints, newest_update
 from jobs.console import Console
 from jobs.errors import ExitCode, UserError
@@ -18,17 +17,16 @@ from jobs.loop_contract import Outcome
 from jobs.metric_spool import MetricPoint
 from jobs.provenance import note_start
 from jobs.recipe import Recipe
-from jobs.run_directory import RunDirectory, RunRecord
+from jobs.run_directory import RunDirectory
+from jobs.settled import begin_or_resume, changed_fields, with_corpora
 from jobs.stopping import StopReason, StopRequests
 from jobs.tracking.store import Store, embedded_store, without_credentials
 from jobs.tracking.tracker import Tracker
 from jobs.trainer import run_loop
 from model.counts import flops_per_token, parameter_count
 from pipeline.errors import CorpusError
-from pipeline.manifest import SPLITS
 from pipeline.mixture import Mixture
-from pipeline.shards import check_length
-from pipeline.storage import Location, is_url, open_store
+from pipeline.storage import Location, is_url
 
 _LOOK_SECONDS = 0.5
 _LOOK_STORE_SECONDS = 2.0
@@ -72,7 +70,7 @@ def train(
     """
     recipe, mixture = with_corpora(recipe)
     run = RunDirectory.at(root, name)
-    recipe, record = _begin_or_resume(run, recipe, mixture, stated)
+    recipe, record = begin_or_resume(run, recipe, mixture, stated)
     _narrate(console, run, recipe, mixture)
 
     done = newest_update(run)
@@ -168,104 +166,6 @@ def recorded_store(tracking_uri: str | None, root: Location) -> Store:
         return embedded_store(root)
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     return Store(uri if without_credentials(uri) == tracking_uri else tracking_uri)
-
-
-def with_corpora(recipe: Recipe) -> tuple[Recipe, Mixture]:
-    """The recipe with absolute paths to its corpora, and these, checked."""
-    named = recipe.data.corpora
-    if not named:
-        raise UserError(
-            "data.corpus: no corpus given; make one with `tvq prepare FOLDER --output corpus` and"
-            " add data.corpus=corpus"
-        )
-    # Absolute: workers and a later start need not share our working folder.
-    weights: dict[str, int | float] = {}
-    for name, weight in named.items():
-        path = open_store(name).location
-        if path in weights:
-            raise UserError(f"data.mixture: names {path} twice; name it once, with both weights")
-        weights[path] = weight
-    mixture = Mixture.load(weights)
-    tokenizer = mixture.tokenizer
-    if recipe.model.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size: is {recipe.model.vocab_size}, but the tokenizer of"
-            f" {mixture.corpora[0].path} ({tokenizer.kind}) has {tokenizer.vocab_size} ids; set"
-            f" model.vocab_size={tokenizer.vocab_size}"
-        )
-    for split in ("train", "validation"):
-        for corpus, held in zip(mixture.corpora, mixture.splits(split), strict=True):
-            for shard in held.shards:
-                check_length(corpus.path, shard)
-    if recipe.data.mixture:
-        data = replace(recipe.data, mixture=weights)
-    else:
-        data = replace(recipe.data, corpus=str(mixture.corpora[0].path))
-    return replace(recipe, data=data), mixture
-
-
-def settled(run: RunDirectory, recipe: Recipe, stated: frozenset[str] | None) -> Recipe:
-    """The recipe to train by.
-
-    On resume the stored mathematical fields stand, so that another version's defaults change
-    nothing; a stated one that differs is refused. Operational fields are those asked for.
-
-    Raises:
-        UserError: the run exists with other mathematics.
-    """
-    stored = None
-    if run.record():
-        stored = recipes.from_yaml(run.recipe_text(), f"{run.location}/recipe.yaml")
-    recipe = init_from.settle(recipes.resolve(recipe, stored), stored, run.root)
-    if not stored:
-        return recipe
-    changes = recipes.difference(recipe, stored, mathematical_only=True, only=stated)
-    if changes:
-        raise UserError(
-            f"run {run.name}: exists with other mathematics; asked for (and stored):"
-            f" {'; '.join(changes)}. Give the stored values to resume it, or choose another"
-            " name with --run"
-        )
-    return recipes.with_mathematics_of(stored, recipe)
-
-
-def _begin_or_resume(
-    run: RunDirectory, recipe: Recipe, mixture: Mixture, stated: frozenset[str] | None
-) -> tuple[Recipe, RunRecord]:
-    """The recipe to train by, and who the run is."""
-    stored = run.record() is not None
-    recipe, origin = settled(run, recipe, stated), None
-    if not stored:
-        recipe, origin = init_from.look_up(recipe, run.root)
-    fingerprints = {split: mixture.fingerprint(split) for split in SPLITS}
-    record = run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe), origin)
-    if not stored and record.identity != recipes.identity(recipe):
-        raise UserError(
-            f"run {run.name}: was begun this moment by another process with other mathematics;"
-            " choose another name with --run"
-        )
-    refuse_other_corpus(run, record, mixture)
-    return recipe, record
-
-
-def refuse_other_corpus(run: RunDirectory, record: RunRecord, mixture: Mixture) -> None:
-    """Raises UserError if the run was begun on another corpus."""
-    for split in ("train", "validation"):
-        if difference := mixture.difference(split, record.fingerprints[split]):
-            raise UserError(
-                f"run {run.name}: was begun {difference}; give what it was begun with to resume"
-                " it, or choose another name with --run"
-            )
-
-
-def changed_fields(recipe: Recipe) -> dict[str, Any]:
-    """The fields that are not as in a new recipe, but for the corpora."""
-    defaults = recipes.flatten(Recipe())
-    return {
-        name: value
-        for name, value in recipes.flatten(recipe).items()
-        if value != defaults[name] and name not in ("data.corpus", "data.mixture")
-    }
 
 
 def _narrate(console: Console, run: RunDirectory, recipe: Recipe, mixture: Mixture) -> None:
