@@ -17,6 +17,7 @@ from typing import Any
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # to loopback, and to nothing else
 os.environ["RAY_enable_worker_prestart"] = "0"  # noqa: SIM112
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # halves the compilation
 
 from ray.cluster_utils import Cluster
 
