@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROGRAM = Path(__file__).parent / "on_faked_hardware.py"
 
@@ -22,7 +22,7 @@ def groups_on(hardware: str, folder: Path) -> list[Any]:
         [sys.executable, PROGRAM, folder, hardware],
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=580,
         cwd=folder,
         check=False,
     )
