@@ -40,6 +40,7 @@ from model.training import (
 from pipeline.loader import evaluation_batches, training_batches
 from pipeline.manifest import SPLITS
 from pipeline.mixture import Mixture
+from pipeline.patient_store import patiently
 
 log = logging.getLogger("tvq.loop")
 
@@ -47,7 +48,7 @@ log = logging.getLogger("tvq.loop")
 def train(settings: LoopSettings) -> Outcome:
     """Trains from the newest checkpoint (or from the start) to the recipe's last update."""
     recipe, run = settings.recipe, RunDirectory(settings.run, patient=True)
-    mixture = Mixture.load(recipe.data.corpora)
+    mixture = patiently(lambda: Mixture.load(recipe.data.corpora), "the corpus")
     primary = jax.process_index() == 0
     run_log.open_log(run.logs, f"rank-{jax.process_index()}")
     keep_freed_memory()
