@@ -16,7 +16,7 @@ import pytest
 from jobs.cli import run_cli
 from jobs.console import Console
 from jobs.errors import ExitCode, UserError
-from jobs.evaluate import evaluate_run
+from jobs.evaluate import evaluate_run, word_perplexity
 from jobs.evaluation import Evaluation
 from jobs.run_directory import RunDirectory
 from model.transformer import bind, initial_cache
@@ -118,6 +118,12 @@ def test_a_unigram_head_is_the_empirical_entropy(corpus, tmp_path, window):
         own = [b + 3 for b in text] + ([1] if window == "stream" else [])
         nats = sum(math.log(len(ids) / counts[i]) for i in own)
         assert figures.documents.nats[index] == pytest.approx(nats, rel=1e-5)
+
+
+def test_word_perplexity_is_of_words_not_tokens():
+    """PG-19's: 26.6 is a loss of log(26.6) nats for each word, however many tokens it had."""
+    assert word_perplexity(1000 * math.log(26.6), 1000) == pytest.approx(26.6, rel=1e-12)
+    assert word_perplexity(math.log(2) * 30, 10) == pytest.approx(8, rel=1e-12)
 
 
 # ---- Spans, caches, sums -------------------------------------------------------------------------
