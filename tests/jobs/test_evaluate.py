@@ -240,14 +240,12 @@ def test_many_documents_are_what_is_resampled(tmp_path):
 
 
 @pytest.mark.ray
-def test_any_number_of_workers_gives_the_same_digits(corpus, tmp_path):
-    network = network_of(MODEL)
-    run = make_run(tmp_path, "spread", corpus, network, sequence_length=T)
-    # Batches of 16 windows would be one: the text ten times over makes several.
-    many = tmp_path / "many"
-    write_corpus(many, train=[[[b"text"]]], test=SHARDS * 12)
-    run = make_run(tmp_path, "shared", many, network, sequence_length=T)
+def test_any_number_of_workers_gives_the_same_digits(tmp_path):
     from jobs.ray_session import ray_session
+
+    # The text twelve times over makes nine batches of 16 windows.
+    write_corpus(tmp_path / "many", train=[[[b"text"]]], test=SHARDS * 12)
+    run = make_run(tmp_path, "shared", tmp_path / "many", network_of(MODEL), sequence_length=T)
 
     figures, dumps = [], []
     with ray_session(None, cpus=3):
