@@ -87,8 +87,8 @@ def uri(run: RunDirectory) -> str:
     return embedded_store(run.root).uri
 
 
-def try_promote(run: RunDirectory, name: str, version: int, **options: float) -> Promotion:
-    return promote(run.root, name, version=version, console=QUIET, **options)
+def try_promote(run: RunDirectory, name: str, version: int, min_delta: float = 0.0) -> Promotion:
+    return promote(run.root, name, version=version, min_delta=min_delta, console=QUIET)
 
 
 def test_a_version_is_a_copy_that_mlflow_points_to(
@@ -292,7 +292,7 @@ def test_a_fresh_process_scores_and_writes_with_the_champion(
     trained, text = model.trained, TEXT.encode()
     ids = np.frombuffer(text, np.uint8).astype(np.int32) + TOKEN_OFFSET
     network = bind(trained.recipe.model, trained.params, trained.codebooks)
-    inputs = np.concatenate([[EOS], ids[:-1]])[None].astype(np.int32)
+    inputs = jax.numpy.asarray(np.concatenate([[EOS], ids[:-1]])[None], np.int32)
     features = network(inputs, initial_cache(trained.recipe.model, 1, len(ids))).features
     log_p = jax.nn.log_softmax(network.logits(features)[0])
     nats = -float(log_p[np.arange(len(ids)), ids].sum())
