@@ -1,5 +1,6 @@
 """The `tvq bench` commands: how fast it is here."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,10 +15,12 @@ Examples:
   tvq bench train small
   tvq bench attention small
   tvq bench decode small
-  tvq bench data""",
+  tvq bench data
+  tvq bench recall""",
 )
 def bench() -> None:
-    """Time attention, training, writing and the data pipeline, each beside a yardstick."""
+    """Time attention, training, writing and the data pipeline, and test recall, each beside a
+    yardstick."""
 
 
 def _bench_options(command: Any) -> Any:
@@ -150,3 +153,34 @@ def bench_data(as_json: bool, **options: Any) -> None:
     from jobs.bench_data import data_command
 
     data_command(console=console(as_json), as_json=as_json, **options)
+
+
+@bench.command(
+    name="recall",
+    epilog="""\b
+Examples:
+  tvq bench recall
+  tvq bench recall recall model.n_codes=16 --output recall-16
+  tvq bench recall --documents 65536 training.steps=4000 --json""",
+)
+@click.argument("name", metavar="[RECIPE]", default="recall")
+@click.argument("overrides", nargs=-1)
+@click.option(
+    "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("recall"),
+    show_default=True, help="Folder of the corpus, the runs and the log-probabilities.",
+)  # fmt: skip
+@click.option(
+    "--documents", type=click.IntRange(1), default=32768, show_default=True,
+    help="Documents to train on.",
+)  # fmt: skip
+@json_option
+def bench_recall(as_json: bool, **options: Any) -> None:
+    """Train to recall values by their keys, and show accuracy by distance.
+
+    The same recipe three times: attention to all keys as they are, the control; quantised keys
+    and the compressive cache; the window alone. OVERRIDES are section.field=value. The same
+    command goes on where it was ended.
+    """
+    from jobs.recall_suite import recall_command
+
+    recall_command(console=console(as_json), as_json=as_json, **options)

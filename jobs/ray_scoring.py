@@ -1,6 +1,7 @@
 """Scores on workers of a Ray cluster: a model each, batches dealt to whoever is free."""
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -26,27 +27,30 @@ class _Worker:
     def __init__(self, location: str, update: int, job: Job) -> None:
         self._location, self._update, self._job = location, update, job
         self._scoring: ScoringHere | None = None
+        self._loading = threading.Lock()
 
     def load(self) -> UserError | None:
         """Loads and compiles; returns what is wrong with the checkpoint."""
-        run = RunDirectory(self._location)
         try:
-            trained = load_checkpoint(run, manifest_of(run, self._update))
+            self._loaded()
         except (UserError, CorpusError) as error:
             return UserError(str(error))
-        self._scoring = ScoringHere(trained, self._job)
         return None
 
     def score(self, batch: Batch) -> list[SpanScores] | UserError:
         """The scores of each of its spans, or what is wrong with the corpus."""
-        if self._scoring is None and (error := self.load()):
-            return error
-        assert self._scoring is not None
         try:
-            [scores] = self._scoring.scores([batch])
-        except CorpusError as error:
+            return self._loaded().score(batch)
+        except (UserError, CorpusError) as error:
             return UserError(str(error))
-        return scores
+
+    def _loaded(self) -> ScoringHere:
+        with self._loading:
+            if self._scoring is None:
+                run = RunDirectory(self._location)
+                trained = load_checkpoint(run, manifest_of(run, self._update))
+                self._scoring = ScoringHere(trained, self._job)
+        return self._scoring
 
 
 class ScoringOnRay:
@@ -74,17 +78,22 @@ class ScoringOnRay:
         import ray
 
         self._ray = ray
+        devices = accelerators.devices_per_worker(cluster)
         asked = accelerators.resources(cluster)
         options: dict[str, Any] = {
             "num_cpus": asked.pop("CPU"),
             "num_gpus": asked.pop("GPU", 0),
             "resources": asked,
+            "max_concurrency": devices,
             "max_restarts": cluster.max_restarts,
             "max_task_retries": cluster.max_restarts,
             "runtime_env": {"env_vars": accelerators.environment(cluster)},
         }
-        actor = ray.remote(_Worker).options(**options)
-        self._workers = [actor.remote(run.location, update, job) for _ in range(cluster.workers)]
+        actor: Any = ray.remote(_Worker).options(**options)
+        self._workers: list[Any] = [
+            actor.remote(run.location, update, job) for _ in range(cluster.workers)
+        ]
+        self._devices = devices
         for worker in self._workers:
             stack.callback(ray.kill, worker)
         ready = [worker.load.remote() for worker in self._workers]
@@ -110,7 +119,7 @@ class ScoringOnRay:
         Raises:
             UserError: a shard of the corpus is damaged, or a worker was lost too often.
         """
-        idle, busy, ahead = list(self._workers), {}, deque()
+        idle, busy, ahead = self._workers * self._devices, {}, deque()
         batches = iter(batches)
         batch = next(batches, None)
         while batch is not None or ahead:
@@ -128,9 +137,11 @@ class ScoringOnRay:
                 yield scores
 
     def _results(self, references: list[Any]) -> list[Any]:
+        from ray.exceptions import RayActorError
+
         try:
             return self._ray.get(references)
-        except self._ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             raise UserError(
                 "a worker of the evaluation was lost more often than cluster.max_restarts:"
                 f" {str(error).splitlines()[0]}; the same command begins anew",

@@ -53,8 +53,8 @@ def cut_documents(documents: DocumentTable, windows: Windows, token_bytes: Integ
         ends = np.cumsum(token_bytes[ids - TOKEN_OFFSET])
         size = int(ends[-1])
         n_blocks = max(1, round(size / (BLOCK_KIB * 1024)))
-        cuts = np.searchsorted(ends, np.arange(1, n_blocks) * size / n_blocks)
-        borders = [0, *np.unique(cuts[cuts > 0]).tolist(), tokens]
+        cuts = np.searchsorted(ends, np.arange(1, n_blocks) * size / n_blocks) + 1
+        borders = [0, *np.unique(cuts[cuts < tokens]).tolist(), tokens]
         for begin, end in itertools.pairwise(borders):
             begins.append(start + begin)
             document.append(number)
