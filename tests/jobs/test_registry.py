@@ -374,7 +374,7 @@ def test_references():
 
 
 def test_a_reproduction_is_the_same_to_the_last_bit_and_says_so(
-    workplace: Path, run: RunDirectory, capsys: pytest.CaptureFixture[str]
+    run: RunDirectory, uri: str, capsys: pytest.CaptureFixture[str]
 ):
     reproduce_command(run.root, "first", new_name="again", console=Console())
     printed = capsys.readouterr().out
@@ -386,6 +386,19 @@ def test_a_reproduction_is_the_same_to_the_last_bit_and_says_so(
     record = run.record()
     assert record
     assert parent["run_key"] == record.run_key
+
+    # As a sweep or a flow marks its trainings.
+    from mlflow import MlflowClient
+
+    client, known = MlflowClient(uri), again.record()
+    assert known
+    assert known.mlflow_run_id
+    whole = client.create_run("0", run_name="a sweep").info.run_id
+    client.set_tag(known.mlflow_run_id, "mlflow.parentRunId", whole)
+    lineage_command(run.root, "again", console=Console(), as_json=False)
+    printed = capsys.readouterr().out
+    assert "it reproduces first, " in printed
+    assert f"it is part of a sweep, MLflow run {whole}" in printed
 
 
 def test_what_cannot_be_reproduced_is_said_or_refused(workplace: Path, run: RunDirectory):
