@@ -49,7 +49,7 @@ def lineage_command(root: Location, name: str, *, console: Console, as_json: boo
         console.json(found._asdict() | {"starts": [asdict(start) for start in found.starts]})
         return
     for label, text in _lines(found):
-        console.result(f"{label:<10}{text}".rstrip())
+        console.result(f"{label:<11}{text}".rstrip())
     for problem in found.problems:
         console.warning(problem)
 
