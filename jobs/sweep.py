@@ -159,8 +159,10 @@ def _tune_config(sweep: Sweep) -> Any:
         )
     n_trials, limit = 1, sweep.parallel
     if sweep.search == "optuna":
+        import optuna
         from ray.tune.search.optuna import OptunaSearch
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         search: Any = OptunaSearch(metric=METRIC, mode="min", seed=0)
         if len(sweep.seeds) > 1:
             search = Repeater(search, repeat=len(sweep.seeds), set_index=True)

@@ -1,4 +1,4 @@
-"""A flow of real trainings: what is done is not done again, what broke goes on, the better stays."""
+"""A flow of real trainings: what is done stays, what broke goes on, the better model is kept."""
 
 import json
 import shutil
