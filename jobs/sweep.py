@@ -49,7 +49,7 @@ def sweep_command(location: str, root: Location, *, console: Console, as_json: b
             trials = run_sweep(sweep, store.root, console)
     finally:
         claim.give_back()
-    configurations = ranked(trials, store.root)
+    configurations = ranked(trials)
     if as_json:
         console.json({"name": sweep.name, "ranking": [c.as_json() for c in configurations]})
     else:
