@@ -217,6 +217,19 @@ def test_a_daemon_that_was_asleep_takes_nothing_away(tmp_path: Path):
     assert first.open == []
 
 
+def test_what_a_daemon_left_that_was_killed_while_it_wrote(tmp_path: Path):
+    folder = add(tmp_path)
+    tick = folder.tick(hours(1)[0])
+    tick.create("lease.json", b'{"owner": "dead", "host": "gone"}')
+    tick.write("attempt-1.json.0123.tmp", b"{")
+    tick.write("result.json.0123.tmp", b"{")
+    clock = Clock(BEGIN + timedelta(minutes=62))
+    cluster = Cluster(clock, seconds=60)
+    run(Scheduler(tmp_path, cluster, clock=clock), clock, timedelta(minutes=70))
+    assert outcomes(folder) == {hours(1)[0]: "succeeded"}
+    assert cluster.launches == {f"nightly-{hours(1)[0]}": 1}
+
+
 def race(tmp_path: Path, root: str, n_ticks: int) -> list[str]:
     """Two processes over so many ticks, one a minute; returns what was run."""
     lines = tmp_path / "lines"
