@@ -7,6 +7,7 @@ a training that had begun is found and goes on, one that is done is not done aga
 
 import io
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,15 @@ def _fit(sweep: Sweep, root: Path, console: Console) -> list[Trial]:
         tune.with_parameters(_trial, sweep=sweep, root=str(root)), {"cpu": 1}
     )
     experiment = str(storage / "tune")
-    if tune.Tuner.can_restore(experiment):
+    # Tune writes the first of its files at once and the other one seconds later: killed in
+    # between, it has nothing to go on with, and the trainings are found by their names.
+    if tune.Tuner.can_restore(experiment) and any((storage / "tune").glob("experiment_state-*")):
         console.line(f"going on with sweep {sweep.name}")
         tuner = tune.Tuner.restore(
             experiment, trainable, resume_unfinished=True, restart_errored=True
         )
     else:
+        shutil.rmtree(experiment, ignore_errors=True)
         tuner = tune.Tuner(
             trainable,
             param_space=_param_space(sweep),
@@ -157,7 +161,7 @@ def _tune_config(sweep: Sweep) -> Any:
             grace_period=stopping.after,
             reduction_factor=stopping.reduction,
         )
-    n_trials, limit = 1, sweep.parallel
+    n_trials = 1
     if sweep.search == "optuna":
         import optuna
         from ray.tune.search.optuna import OptunaSearch
@@ -167,17 +171,18 @@ def _tune_config(sweep: Sweep) -> Any:
         if len(sweep.seeds) > 1:
             search = Repeater(search, repeat=len(sweep.seeds), set_index=True)
         search = ConcurrencyLimiter(search, max_concurrent=sweep.parallel)
-        n_trials, limit = sweep.trials * len(sweep.seeds), None
+        n_trials = sweep.trials * len(sweep.seeds)
     else:
         # Fixed draws, the same for each seed: what is begun again tries the same.
-        search = BasicVariantGenerator(constant_grid_search=True, random_state=0)
+        search = BasicVariantGenerator(
+            constant_grid_search=True, random_state=0, max_concurrent=sweep.parallel
+        )
         if sweep.search == "random":
             n_trials = sweep.trials
     return tune.TuneConfig(
         metric=METRIC,
         mode="min",
         num_samples=n_trials,
-        max_concurrent_trials=limit,
         search_alg=search,
         scheduler=scheduler,
         trial_dirname_creator=_folder_name,
