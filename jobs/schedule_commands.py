@@ -48,6 +48,12 @@ def add_command(
                 f" --replace, or see it with `tvq schedule list`"
             )
         schedule = before
+    elif before is not None and (before.cron, before.timezone) == (
+        schedule.cron,
+        schedule.timezone,
+    ):
+        # A tick that is due and not yet claimed stays due.
+        schedule = dataclasses.replace(schedule, since=before.since)
     # The flow first: a daemon that finds a schedule finds what it is to run.
     folder.store.write("flow.yaml", loaded.absolute().to_yaml().encode())
     if before is None:
