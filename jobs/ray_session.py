@@ -50,6 +50,7 @@ def ray_session(address: str | None, *, cpus: int) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
+            "local",  # without, a cluster that somebody started on this machine would be joined
             num_cpus=max(cpus, os.cpu_count() or 1),
             include_dashboard=False,
             log_to_driver=False,
