@@ -87,7 +87,9 @@ def _devices(on: str) -> list[Any]:
         return jax.devices("cpu")
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc(on, "tpu").devices)
+    # A host has 2 x 2 chips unless told otherwise, which a slice of one does not fill.
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if target.devices == 1 else {}
+    return list(topologies.get_topology_desc(on, "tpu", **bounds).devices)
 
 
 def _compiled(recipe: Recipe, name: str, devices: list[Any]) -> tuple[Facts, str]:
