@@ -26,7 +26,10 @@ RAY_IN_JOBS = {"jax_backend.py", "ray_session.py", "trainer.py"}
 """The thin files of `jobs` that know Ray."""
 MLFLOW = "jobs/tracking"
 """The folder that knows MLflow."""
-WITH_JAX = {"loop.py", "checkpoint_writer.py", "checkpoints.py", "global_batch.py", "recorder.py"}
+WITH_JAX = {
+    "loop.py", "programs.py", "checkpoint_writer.py", "checkpoints.py", "global_batch.py",
+    "recorder.py",
+}  # fmt: skip
 """The files of `jobs` that import JAX when they are imported: what a worker runs, nothing else."""
 
 
