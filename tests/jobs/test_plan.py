@@ -20,6 +20,8 @@ from jobs.prices import read_prices
 from model.counts import flops_per_token, parameter_count
 from tests.micro import RECIPE
 
+pytestmark = pytest.mark.timeout(900)  # three programs are compiled: 27 s of a core
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
