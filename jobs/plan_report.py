@@ -1,6 +1,7 @@
 """What `tvq plan` prints, writes as JSON and draws."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,10 @@ def draw(name: str, plans: Sequence[Plan], path: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{name}, planned")
-    figure.savefig(path, dpi=150)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(temporary, format="png", dpi=150)
+    temporary.replace(path)
 
 
 # ---- Words ---------------------------------------------------------------------------------------
