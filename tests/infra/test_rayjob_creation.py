@@ -104,7 +104,7 @@ def test_what_kubernetes_refuses_is_said_and_tried_again(kubernetes, identity: P
         create_rayjob("gone", "gone-1", api=kubernetes.url, identity=identity)
     assert raised.value.code is ExitCode.FAILED  # the pod fails, and its Job begins another
     (identity / "token").write_text("of somebody else")
-    with pytest.raises(UserError, match="answered 403: .*Forbidden"):
+    with pytest.raises(UserError, match=r"answered 403: .*Forbidden"):
         create_rayjob("nightly", "nightly-1", api=kubernetes.url, identity=identity)
 
 
