@@ -18,6 +18,11 @@ resource "google_container_node_pool" "steady" {
     max_node_count = 3
   }
 
+  management {
+    auto_repair  = true
+    auto_upgrade = true
+  }
+
   node_config {
     machine_type    = "e2-standard-8"
     service_account = local.node.service_account
@@ -41,6 +46,11 @@ resource "google_container_node_pool" "cpu" {
   autoscaling {
     min_node_count = 0
     max_node_count = var.cpu_nodes
+  }
+
+  management {
+    auto_repair  = true
+    auto_upgrade = true
   }
 
   node_config {
@@ -73,6 +83,11 @@ resource "google_container_node_pool" "gpu" {
   autoscaling {
     min_node_count = 0
     max_node_count = each.value.most_nodes
+  }
+
+  management {
+    auto_repair  = true
+    auto_upgrade = true
   }
 
   node_config {
@@ -119,6 +134,11 @@ resource "google_container_node_pool" "tpu" {
       type         = "COMPACT"
       tpu_topology = each.value.topology
     }
+  }
+
+  management {
+    auto_repair  = true
+    auto_upgrade = true
   }
 
   node_config {

@@ -122,6 +122,15 @@ class NativeBox:
         ours["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{ours['PATH']}"
         return ours | given | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
+    def upgrade_database(self) -> None:
+        """What the MLflow pod of infra/kubernetes does before its server starts."""
+        [deployment] = [d for d in base_documents() if d["kind"] == "Deployment"]
+        [container] = next(pods(deployment))["initContainers"]
+        password = (self._secrets / "postgres").read_text()
+        command = _found([self._here(part) for part in container["command"]])
+        environment = {**self.environment("mlflow"), "PGPASSWORD": password}
+        subprocess.run(command, check=True, env=environment, cwd=self.folder)
+
     def train(self) -> str:
         """What infra/README.md says to type."""
         return self.run("head", "tvq", "train", "/etc/tvq/recipe.yaml", "--run", "tiny")

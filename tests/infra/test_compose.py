@@ -103,6 +103,8 @@ def test_the_same_processes_train_on_loopback(tmp_path: Path):
 
     with NativeBox(tmp_path) as box:
         box.start("postgres")
+        box.upgrade_database()  # an empty one
+        box.upgrade_database()  # and one that is as it should be
         box.start("objects")
         box.start("mlflow")
         box.start("head")
