@@ -67,6 +67,9 @@ def render_command(
     _check(recipe, target)
     if target == "compose":
         settings = compose_settings(job)
+        if output is None and as_json:
+            console.json(settings)
+            return
         if output is None:
             console.result("\n".join(f"{key}={value}" for key, value in settings.items()))
             return

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from jobs import accelerators
 from jobs.doctor import Finding
+from jobs.kubernetes_pods import worker_range
 from jobs.recipe import ClusterConfig
 from pipeline.errors import CorpusError
 from pipeline.storage import Location, is_url, open_store
@@ -209,11 +210,12 @@ def room(
         int(min(node.get(name, 0.0) // amount for name, amount in asked.items())) for node in nodes
     )
     each = ", ".join(f"{name} {amount:g}" for name, amount in asked.items())
-    if fit >= cluster.workers:
-        return Finding("ray", f"{found}; room for {cluster.workers} workers of {each}")
+    needed, _ = worker_range(cluster)
+    if fit >= needed:
+        return Finding("ray", f"{found}; room for {needed} workers of {each}")
     return Finding(
         "ray",
-        f"{found}; room for {fit} of {cluster.workers} workers of {each}",
+        f"{found}; room for {fit} of {needed} workers of {each}",
         f"add nodes, or ask for less: cluster.workers={fit}"
         if fit
         else f"add nodes with {each} each, or ask for less (cluster.cpus_per_worker)",
