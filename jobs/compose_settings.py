@@ -10,7 +10,6 @@ def compose_settings(job: Job) -> dict[str, str]:
     cluster = job.recipe.cluster
     settings = {
         "TVQ_IMAGE": job.image,
-        "TVQ_RUN": job.name,
         "TVQ_ACCELERATOR": cluster.accelerator,
         "TVQ_WORKERS": str(worker_range(cluster)[1]),
         "TVQ_CPUS": str(cluster.cpus_per_worker),

@@ -89,6 +89,13 @@ def mlflow(uri: str | None, root: Location) -> Iterator[Finding]:
             return
         yield Finding("mlflow", uri or f"a file beside the runs in {root}")
         return
+    if "@" in urllib.parse.urlsplit(uri).netloc:
+        yield Finding(
+            "mlflow",
+            f"{uri}: holds a user name or password, which ends in logs",
+            "leave them out; export MLFLOW_TRACKING_USERNAME=... MLFLOW_TRACKING_PASSWORD=...",
+        )
+        return
     login = _mlflow_login()
     server = uri.rstrip("/")
     try:

@@ -181,6 +181,12 @@ def test_mlflow_that_is_not(server, tmp_path: Path, status: int, version: str, e
     assert expected in finding.mend
 
 
+def test_a_password_in_mlflows_url_is_not_sent(server, tmp_path: Path):
+    [finding] = service_checks.mlflow(server.url.replace("//", "//me:hunter2@"), tmp_path)
+    assert "MLFLOW_TRACKING_PASSWORD" in finding.mend
+    assert server.seen == []
+
+
 def test_mlflow_that_is_away(tmp_path: Path):
     [finding] = service_checks.mlflow(f"http://127.0.0.1:{free_port()}", tmp_path)
     assert "cannot be reached" in finding.found
