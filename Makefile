@@ -23,12 +23,17 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/basedpyright
 
-# One lock for Python 3.11 to 3.13: versions and hashes, no addresses.
+# One lock for Python 3.11 to 3.13, and one for each image: versions and hashes, no addresses.
 lock:
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet uv
 	build/lock/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-annotate --no-header --output-file requirements.lock
+	for image in "cpu --extra server" "gpu --extra gpu" "tpu --extra tpu"; do set -- $$image; \
+		build/lock/bin/uv pip compile pyproject.toml $$2 $$3 --extra cluster --constraint requirements.lock \
+		--python-version 3.12 --python-platform x86_64-manylinux_2_36 \
+		--generate-hashes --no-emit-index-url --no-annotate --no-header \
+		--output-file infra/image/$$1.lock || exit 1; done
 
 # One virtual environment for everything, from the lock; pip takes about two minutes for 1.7 GB.
 .venv/installed: requirements.lock pyproject.toml

@@ -2,7 +2,7 @@
 
 from jobs import accelerators
 from jobs.kuberay import Job
-from jobs.kubernetes_pods import stop_seconds
+from jobs.kubernetes_pods import stop_seconds, worker_range
 
 
 def compose_settings(job: Job) -> dict[str, str]:
@@ -10,9 +10,8 @@ def compose_settings(job: Job) -> dict[str, str]:
     cluster = job.recipe.cluster
     settings = {
         "TVQ_IMAGE": job.image,
-        "TVQ_RUN": job.name,
         "TVQ_ACCELERATOR": cluster.accelerator,
-        "TVQ_WORKERS": str(cluster.workers),
+        "TVQ_WORKERS": str(worker_range(cluster)[1]),
         "TVQ_CPUS": str(cluster.cpus_per_worker),
         "TVQ_MEMORY": f"{cluster.memory_gib}G",
         "TVQ_STOP_GRACE": f"{stop_seconds(cluster)}s",

@@ -14,8 +14,9 @@ from jobs.kubernetes_pods import (
     labels,
     submitter_pod,
     worker_pod,
+    worker_range,
 )
-from jobs.recipe import ClusterConfig, Recipe
+from jobs.recipe import Recipe
 
 _ATTEMPTS = 3
 """A RayJob whose cluster is lost begins anew, on a new one, and resumes the run."""
@@ -145,7 +146,8 @@ def job_spec(job: Job) -> Tree:
 
 def _cluster_spec(job: Job) -> Tree:
     cluster = job.recipe.cluster
-    replicas, hosts = _replicas(cluster)
+    hosts = accelerators.slice_of(cluster).hosts if cluster.accelerator == "tpu" else 1
+    least, most = (workers // hosts for workers in worker_range(cluster))
     return {
         "rayVersion": version("ray"),
         # The operator makes the token and hands it to every node.
@@ -158,9 +160,10 @@ def _cluster_spec(job: Job) -> Tree:
         "workerGroupSpecs": [
             {
                 "groupName": cluster.accelerator,
-                "replicas": replicas,
-                "minReplicas": replicas,
-                "maxReplicas": replicas,
+                "replicas": most,
+                "minReplicas": least,
+                "maxReplicas": most,
+                # A slice is had whole or not at all.
                 "numOfHosts": hosts,
                 "rayStartParams": {
                     # As jobs/accelerators.py asks of Ray, whatever the kubelet rounds to.
@@ -170,12 +173,6 @@ def _cluster_spec(job: Job) -> Tree:
             }
         ],
     }
-
-
-def _replicas(cluster: ClusterConfig) -> tuple[int, int]:
-    """Of the worker group, and the pods that make up one: a slice is had whole or not at all."""
-    hosts = accelerators.slice_of(cluster).hosts if cluster.accelerator == "tpu" else 1
-    return cluster.workers // hosts, hosts
 
 
 def _configuration(job: Job) -> Tree:

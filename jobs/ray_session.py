@@ -1,6 +1,7 @@
 """Ray for the length of a command: a cluster of its own on this machine, or a running one."""
 
 import contextlib
+import json
 import logging
 import os
 import shlex
@@ -98,6 +99,15 @@ def _check_answers(address: str) -> None:
             " (also RAY_ADDRESS) and that its head node runs, or set it to null for a cluster of"
             " this command's own"
         ) from None
+
+
+def print_nodes(address: str) -> None:
+    """Prints the resources of each node of a running cluster, as one line of JSON."""
+    with ray_session(address, cpus=0):
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    print(json.dumps(nodes))
 
 
 def _quoted_python() -> dict[str, str] | None:

@@ -67,6 +67,9 @@ def render_command(
     _check(recipe, target)
     if target == "compose":
         settings = compose_settings(job)
+        if output is None and as_json:
+            console.json(settings)
+            return
         if output is None:
             console.result("\n".join(f"{key}={value}" for key, value in settings.items()))
             return
@@ -89,7 +92,7 @@ def render_command(
         _write_file(output, _NOTE + dump_manifests(documents))
         console.line(f"`ray up {output}` starts the cluster, `ray down {output}` ends it")
     else:
-        _write_kubernetes(output, job.name, documents, console)
+        _write_kubernetes(output, job, documents, console)
 
 
 def stated_text(recipe: Recipe) -> str:
@@ -199,14 +202,17 @@ def _check(recipe: Recipe, target: str) -> None:
 
 
 def _write_kubernetes(
-    output: Path, name: str, documents: list[dict[str, Any]], console: Console
+    output: Path, job: Job, documents: list[dict[str, Any]], console: Console
 ) -> None:
     _refuse_foreign(output, "run/kustomization.yaml")
     for part in ("base", "components"):
         shutil.rmtree(output / part, ignore_errors=True)
         shutil.copytree(INFRA / "kubernetes" / part, output / part)
+    for path in (output / "base").rglob("*.yaml"):  # MLflow's server runs from the same image
+        text = path.read_text("utf-8")
+        path.write_text(text.replace(f"image: tvq:{version('tvq')}-", f"image: {job.image}-"))
     run = output / "run"
-    _write_file(run / f"{name}.yaml", _NOTE + dump_manifests(documents))
+    _write_file(run / f"{job.name}.yaml", _NOTE + dump_manifests(documents))
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",

@@ -67,6 +67,7 @@ RENDERED: dict[str, list[str]] = {
 ON_KUBERNETES = [name for name in RENDERED if not name.startswith(("compose", "ray-up"))]
 
 
+@functools.cache
 def rendered(name: str) -> str:
     """What `tvq render` prints, with the arguments of that golden file."""
     ended = CliRunner().invoke(cli, ["render", *RENDERED[name]], obj={"quiet": False})

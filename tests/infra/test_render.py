@@ -5,17 +5,19 @@ import os
 import re
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs import cli_infra
 from jobs import recipe as recipes
 from jobs.cli import run_cli
 from jobs.errors import ExitCode
 from jobs.manifest_yaml import dump_manifests
 from jobs.recipe_yaml import named_recipes
-from jobs.render import stated_text
+from jobs.render import TARGETS, stated_text
 from tests.infra.manifests import (
     FLOW,
     GOLDEN,
@@ -129,6 +131,20 @@ def test_the_site_is_written_once_and_runs_lie_side_by_side(tmp_path: Path, caps
     [kustomization] = documents((out / "run" / "kustomization.yaml").read_text())
     assert kustomization["resources"] == ["other.yaml", "tiny.yaml"]
     assert (out / "base" / "network.yaml").read_text() != "stale"
+
+
+def test_mlflow_runs_from_the_image_of_the_run(tmp_path: Path, capsys):
+    def images(folder: Path) -> set[str]:
+        text = "".join(path.read_text() for path in folder.rglob("*.yaml"))
+        return set(re.findall(r"image: (\S*tvq:\S+)", text))
+
+    assert images(INFRA / "kubernetes" / "base") == {f"tvq:{version('tvq')}-cpu"}
+    assert tvq(*KUBERAY, "--output", tmp_path / "d", "--image", "europe/tvq:9.9.9") == 0
+    assert images(tmp_path / "d" / "base") == {"europe/tvq:9.9.9-cpu"}
+
+
+def test_the_targets_offered_are_those_there_are():
+    assert cli_infra._TARGETS == TARGETS  # said twice, so that `tvq --help` need not load them
 
 
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, capsys):
