@@ -19,6 +19,7 @@ from jobs.cli_plan import plan
 from jobs.cli_registry import lineage, promote, register, reproduce
 from jobs.cli_runs import checkpoints
 from jobs.cli_schedule import schedule
+from jobs.cli_submit import jobs, submit
 from jobs.cli_upkeep import gc, logs
 from jobs.errors import ExitCode, UserError
 
@@ -273,6 +274,8 @@ cli.add_command(bench)
 cli.add_command(checkpoints)
 cli.add_command(logs)
 cli.add_command(gc)
+cli.add_command(submit)
+cli.add_command(jobs)
 cli.add_command(flow)
 cli.add_command(schedule)
 cli.add_command(sweep)

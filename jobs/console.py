@@ -70,6 +70,11 @@ class Console:
         """Text that was asked for."""
         self._write(text)
 
+    def write(self, text: str) -> None:
+        """Another process's output, as it comes: no line break is added."""
+        self._stdout.write(text)
+        self._stdout.flush()
+
     def json(self, value: Any) -> None:
         """`value` as one JSON document. NaN and infinities, which JSON lacks, become null."""
         self._stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=True) + "\n")

@@ -26,7 +26,7 @@ class Provenance:
     """What a training ran on."""
 
     commit: str | None
-    """Of the checkout that the code was imported from; None for an installed wheel."""
+    """Of the checkout that the code comes from; None for an installed wheel."""
     dirty: bool
     """Whether tracked files of it had been changed."""
     python: str
@@ -58,8 +58,9 @@ class Provenance:
 
 def provenance() -> Provenance:
     """Of this process. Imports nothing heavy, and asks `git` where there is one."""
-    commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    given, plus, _ = os.environ.get("TVQ_COMMIT", "").partition("+")  # by `tvq submit`
+    commit = given or _git("rev-parse", "HEAD")
+    changed = plus or (_git("status", "--porcelain", "--untracked-files=no") if commit else None)
     return Provenance(
         commit=commit,
         dirty=bool(changed),

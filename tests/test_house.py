@@ -24,6 +24,7 @@ HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "ray", "mlflo
 
 RAY_IN_JOBS = {
     "jax_backend.py",
+    "ray_jobs.py",
     "ray_metrics.py",
     "ray_scoring.py",
     "ray_session.py",
