@@ -8,8 +8,9 @@ CORPUS ?=
 demo: .venv/installed
 	.venv/bin/tvq demo $(if $(CORPUS),--corpus "$(CORPUS)")
 
+# A file's tests stay together, on one of two processes: many of them wait for what they started.
 test: .venv/installed lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 # Seconds to a verdict while editing: no Ray, no MLflow server.
 quick: .venv/installed lint
@@ -30,7 +31,7 @@ lock:
 	build/lock/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-annotate --no-header --output-file requirements.lock
 	for image in "cpu --extra server" "gpu --extra gpu" "tpu --extra tpu"; do set -- $$image; \
-		build/lock/bin/uv pip compile pyproject.toml $$2 $$3 --extra cluster --constraint requirements.lock \
+		build/lock/bin/uv pip compile pyproject.toml $$2 $$3 --constraint requirements.lock \
 		--python-version 3.12 --python-platform x86_64-manylinux_2_36 \
 		--generate-hashes --no-emit-index-url --no-annotate --no-header \
 		--output-file infra/image/$$1.lock || exit 1; done

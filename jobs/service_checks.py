@@ -247,8 +247,7 @@ def _dashboard(address: str) -> Finding:
         return Finding(
             "ray",
             f"{address}: no job server answers ({said})",
-            "kubectl port-forward service/NAME-head-svc 8265, or start Ray with its dashboard"
-            " (python -m pip install 'tvq[cluster]')",
+            "kubectl port-forward service/NAME-head-svc 8265, or `ray start --head`",
         )
     ours = metadata.version("ray")
     return Finding(
