@@ -21,7 +21,7 @@ from jobs.run_directory import RunDirectory
 from pipeline.storage import LocalStore, Store
 
 FORMAT_VERSION = 2
-"""1 had no metrics, and its arrays always in `state`."""
+"""1 had no metrics and no digests, and its arrays always in `state`."""
 _FILE = re.compile(r"checkpoints/(\d{8,})/(.+)")
 log = logging.getLogger("tvq.checkpoints")
 
@@ -53,6 +53,8 @@ class CheckpointManifest:
     """Unix time at which the state was taken, seconds."""
     folder: str = "state"
     """That the arrays lie in, beside the manifest."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """MD5 of every file of that folder, base64, where the store gives one."""
 
 
 class DamagedCheckpointError(RuntimeError):

@@ -246,6 +246,8 @@ class CheckpointWriter:
             orbax.wait_until_finished()
             if jax.process_index() != 0:
                 return
+            arrays = checkpoint_store(self._run, position.update).child(folder)
+            files = file_lengths(arrays)
             manifest = CheckpointManifest(
                 format_version=FORMAT_VERSION,
                 update=position.update,
@@ -256,7 +258,8 @@ class CheckpointWriter:
                 leaves=leaves,
                 sums={name: int(value) for name, value in jax.device_get(sums).items()},
                 folder=folder,
-                files=file_lengths(checkpoint_store(self._run, position.update).child(folder)),
+                files=files,
+                digests={name: arrays.md5(name) for name in files},
                 metrics=position.metrics,
                 created=position.begun,
             )

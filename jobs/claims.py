@@ -5,6 +5,7 @@ folder, on a file server and in a bucket.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -149,7 +150,7 @@ class Claim:
             owner=self.owner,
             host=socket.gethostname(),
             pid=os.getpid(),
-            process_start=_process_start(os.getpid()),
+            process_start=_own_start(os.getpid()),
             heartbeat=self._clock() if heartbeat is None else heartbeat,
         )
         return (json.dumps(holder._asdict(), indent=2) + "\n").encode()
@@ -177,6 +178,11 @@ def _read(store: Store, name: str) -> Holder | None:
         raise UserError(
             f"{store.location}/{name}: damaged; remove it if nothing works under that claim"
         ) from None
+
+
+@functools.cache
+def _own_start(pid: int) -> str | None:
+    return _process_start(pid)  # it stays the same: a daemon renews many claims
 
 
 def _process_start(pid: int) -> str | None:

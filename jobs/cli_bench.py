@@ -187,7 +187,7 @@ Examples:
     show_default=True, help="Folder of the corpus, the runs and the log-probabilities.",
 )  # fmt: skip
 @click.option(
-    "--documents", type=click.IntRange(1), default=16384, show_default=True,
+    "--documents", type=click.IntRange(1), default=32768, show_default=True,
     help="Documents to train on.",
 )  # fmt: skip
 @json_option

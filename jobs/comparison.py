@@ -109,7 +109,7 @@ class Comparison(NamedTuple):
 def compare(candidates: list[Candidate], by: By = "step") -> Comparison:
     """Reads the runs from MLflow. Raises UserError if the store or a run cannot be read."""
     if not candidates:
-        raise UserError("nothing to compare: name one run or more")
+        raise UserError("nothing to compare: name one run or more, or give a --query")
     runs = [_read(candidate, by) for candidate in candidates]
     groups = group_by_recipe(runs)
     names = sorted({name for one in runs for name in one.parameters})

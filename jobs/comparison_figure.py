@@ -116,7 +116,7 @@ def _figure(comparison: Comparison) -> "Figure":
         _draw_seeds(panels[-1], comparison)
     for panel, letter in zip(panels, "abc", strict=False):
         panel.set_title(f"({letter}) {panel.get_title(loc='left')}", loc="left")
-    handles = panels[0].get_legend_handles_labels()[0]
+    handles = panels[1 if has_bits else 0].get_legend_handles_labels()[0]  # (b) has marks
     columns = 2 if max(map(len, labels)) < 60 and len(labels) > 1 else 1
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
@@ -157,8 +157,9 @@ def _draw_bits(axes: "Axes", comparison: Comparison) -> None:
         curves = [_split(comparison.runs[i].curves[EVAL_BITS]) for i in group.members]
         band = _band(curves, at=curves[0][0])
         axes.plot(
-            band.x, band.mean, color=colour, linestyle=line, marker=_marker(index), markersize=3.5
-        )
+            band.x, band.mean, color=colour, linestyle=line, marker=_marker(index), markersize=3.5,
+            label=group.name,
+        )  # fmt: skip
         axes.fill_between(band.x, band.least, band.most, color=colour, alpha=0.2, linewidth=0)
         bands.append(band)
     _cut_the_beginning(axes, bands)

@@ -139,7 +139,10 @@ def _run(request: dict[str, object], limit_seconds: float) -> None:
     kind, _, message = last.partition(": ")
     if kind.endswith("ConfigError"):
         raise UserError(message)
-    raise UserError(
-        f"the compiler's process ended with {ended.returncode}: {last[:500] or 'it said nothing'};"
-        " killed by the system for want of memory? another machine, or fewer helpers beside it"
-    )
+    if ended.returncode < 0:
+        raise UserError(
+            f"the compiler's process was ended by signal {-ended.returncode}, for want of memory as"
+            " a rule; on a machine with more of it, or with less beside it, the same command goes"
+            " on from the programs that were done"
+        )
+    raise RuntimeError(f"the compiler's process failed:\n{ended.stderr}")

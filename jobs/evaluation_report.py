@@ -12,39 +12,40 @@ def print_evaluation(
     figures: Evaluation, yardstick: Yardsticks, dump: Path | None, console: Console
 ) -> None:
     """Says how much was scored, how well, and what compressors make of the same text."""
-    spans = (
-        f"documents, the cache carried through each, {figures.length:,} at a time"
+    how = (
+        f"the cache carried through each document, {figures.length:,} at a time"
         if figures.carry
-        else f"windows of {figures.length:,}"
+        else f"in {figures.windows:,} windows of {figures.length:,}"
     )
     console.line(
         f"{figures.run} at update {figures.update} on the {figures.split} split:"
         f" {len(figures.documents):,} documents, {figures.n_bytes:,} bytes,"
-        f" {figures.targets:,} targets in {figures.windows:,} {spans}; each target once, at"
+        f" {figures.targets:,} targets, each once, {how}, at"
         f" {figures.tokens_per_second:,.0f} tokens/s"
     )
-    low_high = figures.bits_per_byte_interval
+    drawn = f"{len(figures.blocks):,} {figures.blocks.kind}"
+    interval = figures.bits_per_byte_interval
+    sure = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "-"
     rows = [
-        (figures.run, f"{figures.bits_per_byte:.3f}"),
+        (figures.run, f"{figures.bits_per_byte:.3f}", sure),
         *(
-            (f"  on {name}", f"{bits:.3f}")
+            (f"  on {name}", f"{bits:.3f}", "")
             for name, bits in figures.corpora.items()
             if len(figures.corpora) > 1
         ),
-        ("xz -9e", f"{yardstick.xz:.3f}"),
-        ("gzip -9", f"{yardstick.gzip:.3f}"),
+        ("xz -9e", f"{yardstick.xz:.3f}", ""),
+        ("gzip -9", f"{yardstick.gzip:.3f}", ""),
     ]
-    console.table(["", "bits per byte"], rows)
-    drawn = f"{len(figures.blocks):,} {figures.blocks.kind}"
-    console.result(
-        f"95% of resamples of {drawn}: {low_high[0]:.3f} to {low_high[1]:.3f} bits per byte"
-        if low_high
+    console.table(["", "bits per byte", "95% interval"], rows)
+    console.line(
+        f"the interval is a bootstrap's over {drawn}"
+        if interval
         else f"no interval: {drawn} are fewer than {LEAST}"
     )
     words = figures.word_perplexity
     console.result(
         f"{figures.nats_per_token:.4f} nats/token; accuracy {figures.accuracy:.1%}"
-        + (f"; word perplexity {words:,.2f} ({figures.n_words:,} words)" if words else "")
+        + (f"; word perplexity {words:,.1f} ({figures.n_words:,} words)" if words else "")
     )
     console.line()
     console.table(

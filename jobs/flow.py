@@ -150,8 +150,9 @@ def _run(flow: Flow, folder: FlowFolder, root: Location, console: Console) -> Fl
             console.line(line)
         parent.report("\n".join(report) + "\n", {"outcome": verdict.outcome, "tick": folder.tick})
         status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
+    except (KeyboardInterrupt, UserError) as error:
+        if getattr(error, "code", ExitCode.INTERRUPTED) is ExitCode.INTERRUPTED:
+            status = "KILLED"
         raise
     finally:
         parent.finish(status)

@@ -12,7 +12,7 @@ from jobs.provenance import Provenance, noted_starts
 from jobs.recipe import Recipe
 from jobs.registered_model import CHAMPION, ModelFolder, ModelVersion, parse_reference
 from jobs.reproduction import parent_of
-from jobs.run_directory import RunDirectory
+from jobs.run_directory import RunDirectory, RunRecord
 from jobs.trained_model import recipe_of
 from pipeline.errors import CorpusError
 from pipeline.mixture import Mixture
@@ -38,7 +38,8 @@ class Lineage(NamedTuple):
     problems: list[str]
     """What is not what it was, or not there any more."""
     parents: list[dict[str, Any]]
-    """The run that this one reproduces, the one that that one reproduces, and so on."""
+    """The run that this one reproduces, the one that that one reproduces, and so on; then the
+    MLflow run that it is a part of (a sweep, a flow). Each with its relation and its name."""
 
 
 def lineage_command(root: Location, name: str, *, console: Console, as_json: bool) -> None:
@@ -48,7 +49,7 @@ def lineage_command(root: Location, name: str, *, console: Console, as_json: boo
         console.json(found._asdict() | {"starts": [asdict(start) for start in found.starts]})
         return
     for label, text in _lines(found):
-        console.result(f"{label:<10}{text}".rstrip())
+        console.result(f"{label:<11}{text}".rstrip())
     for problem in found.problems:
         console.warning(problem)
 
@@ -91,7 +92,7 @@ def lineage(root: Location, name: str) -> Lineage:
         identity=record.identity,
         corpora=corpora,
         problems=problems,
-        parents=_parents(run),
+        parents=_parents(run) + _whole(run, record, problems),
     )
 
 
@@ -172,9 +173,26 @@ def _parents(run: RunDirectory) -> list[dict[str, Any]]:
     parent = parent_of(run)
     while parent and parent["run_key"] not in seen:
         seen.add(parent["run_key"])
-        parents.append(parent)
+        parents.append({"relation": "reproduces", **parent})
         parent = parent_of(RunDirectory(parent["location"]))
     return parents
+
+
+def _whole(run: RunDirectory, record: RunRecord, problems: list[str]) -> list[dict[str, Any]]:
+    """The MLflow run that this run is a part of, if MLflow answers and has one."""
+    from jobs.tracking.reading import run as tracked
+    from jobs.train import store_of_run
+
+    if record.mlflow_run_id is None:
+        return []
+    try:
+        uri = store_of_run(run).uri
+        whole = tracked(uri, record.mlflow_run_id).tags.get("mlflow.parentRunId")
+        name = tracked(uri, whole).name if whole else ""
+    except UserError as error:
+        problems.append(f"whether the run is part of another is not known: {error}")
+        return []
+    return [{"relation": "is part of", "name": name, "mlflow_run_id": whole}] if whole else []
 
 
 def _lines(found: Lineage) -> list[tuple[str, str]]:
@@ -223,5 +241,6 @@ def _lines(found: Lineage) -> list[tuple[str, str]]:
             more = f" and {len(shards) - _SHOWN_SHARDS} more" if len(shards) > _SHOWN_SHARDS else ""
             lines.append(("", f"shards {', '.join(shards[:_SHOWN_SHARDS])}{more}"))
     for parent in found.parents:
-        lines.append(("parent", f"{parent['name']}, which it reproduces; {parent['location']}"))
+        where = parent.get("location") or f"MLflow run {parent['mlflow_run_id']}"
+        lines.append(("parent", f"it {parent['relation']} {parent['name']}, {where}"))
     return lines

@@ -38,6 +38,7 @@ from model.sharding import batch_sharding, make_mesh
 from pipeline.loader import training_batches
 from pipeline.manifest import SPLITS
 from pipeline.mixture import Mixture
+from pipeline.patient_store import patiently
 
 
 def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> Outcome:
@@ -82,7 +83,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
         update, next_batch, tokens = 0, 0, 0
 
     # ---- Data: batch n is a function of n; each host reads the rows that its devices hold -------
-    mixture = Mixture.load(recipe.data.corpora)
+    mixture = patiently(lambda: Mixture.load(recipe.data.corpora), "the corpus")
     batches = training_batches(
         mixture,
         "train",

@@ -108,6 +108,9 @@ class Plan:
     """Bytes of main memory that a device reads and writes in a batch."""
     collectives: dict[str, int]
     """Bytes that a device sends in a batch, by kind."""
+    parameter_collectives: int
+    """Bytes that it would send if only parameters and gradients travelled: in each update gathered
+    for the forward and for the backward pass, and reduced."""
     time: Time | None
     """Of a batch; an estimate."""
     evaluation_seconds: float | None
@@ -134,6 +137,12 @@ class Plan:
         """Bytes of the program that needs most; None where the compiler did not say."""
         sizes = [program.needed for program in self.programs]
         return None if None in sizes else max(size for size in sizes if size is not None)
+
+    @property
+    def activations_travel(self) -> bool:
+        """Whether collectives move far more than parameters and gradients: then the mesh is split
+        in a way that makes devices send each other what they compute."""
+        return sum(self.collectives.values()) > 4 * self.parameter_collectives > 0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -241,6 +250,7 @@ def _plan(
         flops_compiler=cost["train"].flops * target.devices if "train" in cost else None,
         traffic=cost["train"].traffic if "train" in cost and target.kind != "gpu" else None,
         collectives=cost["train"].collectives if "train" in cost else {},
+        parameter_collectives=3 * passes * train.facts.parts["parameters"] * mesh["fsdp"],
         time=time,
         evaluation_seconds=roofline(cost["evaluate"], target).total if "evaluate" in cost else None,
         decode_seconds=decoded,

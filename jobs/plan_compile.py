@@ -87,7 +87,15 @@ def _devices(on: str) -> list[Any]:
         return jax.devices("cpu")
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc(on, "tpu").devices)
+    settings: dict[str, Any] = {}
+    if target.devices == 1:  # a host has 2 x 2 chips, unless told otherwise
+        settings["chips_per_host_bounds"] = (1, 1, 1)
+    if target.version == "v4":  # its two cores are one device where it runs, but here two unless:
+        settings["chip_config_name"] = "megacore"
+    devices = list(topologies.get_topology_desc(on, "tpu", **settings).devices)
+    if len(devices) != target.devices:
+        raise RuntimeError(f"{on}: libtpu sees {len(devices)} devices, not {target.devices}")
+    return devices
 
 
 def _compiled(recipe: Recipe, name: str, devices: list[Any]) -> tuple[Facts, str]:

@@ -1,6 +1,7 @@
 """What `tvq plan` prints, writes as JSON and draws."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,12 @@ def _print_plan(name: str, plan: Plan, console: Console) -> None:
             " fsdp does not divide the batch; use cluster.tensor, or another training.batch_size"
         )
     shown = plan.changed or plan
+    if shown.activations_travel:
+        times = sum(shown.collectives.values()) / shown.parameter_collectives
+        console.warning(
+            f"on {plan.target.text} a device sends {times:,.0f} times what parameters and gradients"
+            " are: activations travel; try a smaller cluster.fsdp or cluster.tensor"
+        )
     if plan.changed:
         console.line(f"below: with {_changes(plan)}")
     console.line()
@@ -202,6 +209,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
         "flops_per_batch_compiler": plan.flops_compiler,
         "traffic_bytes_per_device_and_batch": plan.traffic,
         "collective_bytes_per_device_and_batch": plan.collectives,
+        "activations_travel": plan.activations_travel,
         "estimate": {
             "assumptions": list(plan.assumptions),
             "seconds_per_batch": plan.time._asdict() if plan.time else None,
@@ -264,7 +272,10 @@ def draw(name: str, plans: Sequence[Plan], path: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{name}, planned")
-    figure.savefig(path, dpi=150)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(temporary, format="png", dpi=150)
+    temporary.replace(path)
 
 
 # ---- Words ---------------------------------------------------------------------------------------

@@ -47,20 +47,25 @@ def ray_session(address: str | None, *, cpus: int) -> Iterator[None]:
     Raises:
         UserError: no cluster answers at the address.
     """
+    if "ray" in sys.modules:
+        import ray
+
+        if ray.is_initialized():  # the caller's own session, as in the demo
+            yield
+            return
     address = address or os.environ.get("RAY_ADDRESS")
     # Ray reads them when it is imported.
     for name, value in (_QUIET if address else _QUIET | _ON_LOOPBACK).items():
         os.environ.setdefault(name, value)
     import ray
 
-    if ray.is_initialized():  # the caller's own session, as in the demo
-        yield
-        return
     if address:
         _check_answers(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
+            # Else Ray joins a cluster that somebody started on this machine, and refuses num_cpus.
+            address="local",
             num_cpus=max(cpus, os.cpu_count() or 1),
             include_dashboard=False,
             log_to_driver=False,

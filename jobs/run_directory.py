@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import UserError
-from jobs.patient_store import open_patient_store
 from pipeline.errors import CorpusError
+from pipeline.patient_store import open_patient_store
 from pipeline.storage import LocalStore, Location, Store, is_url, open_store
 
 FORMAT_VERSION = 1

@@ -29,6 +29,9 @@ Overlap = Literal["skip", "queue", "replace"]
 Outcome = Literal["succeeded", "failed", "skipped", "missed", "replaced"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_ID = re.compile(r"\d{8}T\d{6}Z(-by-hand)?")
+# In full: a daemon that was killed while it wrote a file leaves one of a longer name.
+_ATTEMPT = re.compile(r"attempt-\d+\.json")
 _BY_HAND = "-by-hand"
 """The end of the id of a tick that somebody asked for: no instant of the cron expression."""
 
@@ -103,7 +106,7 @@ class Tick:
     @property
     def attempts(self) -> int:
         """How often it was launched, or about to be."""
-        return sum(name.startswith("attempt-") for name in self.files)
+        return sum(_ATTEMPT.fullmatch(name) is not None for name in self.files)
 
     @property
     def settled(self) -> bool:
@@ -172,7 +175,7 @@ class ScheduleFolder:
         found: dict[str, Tick] = {}
         for entry in self._ticks.list():
             id, _, file = entry.name.partition("/")
-            if id != "horizon":
+            if _ID.fullmatch(id):
                 found.setdefault(id, Tick(id)).files.add(file)
         return sorted(found.values(), key=lambda tick: tick.id)
 
@@ -185,7 +188,8 @@ class ScheduleFolder:
 
     def horizon(self) -> str:
         """Id of the oldest tick that is kept: an older one is over, whatever lies there."""
-        return max((e.name.split("/")[1] for e in self._ticks.list("horizon")), default="")
+        names = (entry.name.partition("/")[2] for entry in self._ticks.list("horizon"))
+        return max(filter(_ID.fullmatch, names), default="")
 
     def forget(self, id: str) -> None:
         """Removes a tick."""

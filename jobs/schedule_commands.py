@@ -40,16 +40,23 @@ def add_command(
     schedule = Schedule(name=loaded.name, since=tick_id(datetime.now(UTC)), alert=hook, **fields)
     first = schedule.ticks().next(datetime.now(UTC))  # refuses what is no expression
     folder = ScheduleFolder(root, schedule.name)
-    before = folder.load()
+    before, text = folder.load(), loaded.absolute().to_yaml().encode()
     if before is not None and not replace:
-        if dataclasses.replace(before, since=schedule.since, paused=False) != schedule:
+        same = dataclasses.replace(before, since=schedule.since, paused=False) == schedule
+        if not same or folder.store.read("flow.yaml") != text:
             raise UserError(
-                f"schedule {schedule.name}: there is one with other settings; change it with"
-                f" --replace, or see it with `tvq schedule list`"
+                f"schedule {schedule.name}: there is one with other settings or another flow;"
+                " change it with --replace, or see it with `tvq schedule list`"
             )
         schedule = before
+    elif before is not None and (before.cron, before.timezone) == (
+        schedule.cron,
+        schedule.timezone,
+    ):
+        # A tick that is due and not yet claimed stays due.
+        schedule = dataclasses.replace(schedule, since=before.since)
     # The flow first: a daemon that finds a schedule finds what it is to run.
-    folder.store.write("flow.yaml", loaded.absolute().to_yaml().encode())
+    folder.store.write("flow.yaml", text)
     if before is None:
         folder.create(schedule)
     else:

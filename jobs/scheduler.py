@@ -113,7 +113,8 @@ class Scheduler:
             try:
                 soonest = min(soonest, self._see_to_schedule(folder))
                 self._warned.pop(folder.name, None)
-            except (CorpusError, UserError) as error:  # the store is not well; a damaged file
+            # The store is not well; a damaged file; no process can be started.
+            except (CorpusError, UserError, OSError) as error:
                 if self._warned.get(folder.name) != str(error):
                     self._warned[folder.name] = str(error)
                     self._warn(f"{folder.name}: {error}")

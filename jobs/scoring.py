@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.trained_model import TrainedModel
+from model.config import ModelConfig
 from pipeline.evaluation_rows import Spans, pieces
 from pipeline.windows import Windows
 
@@ -71,6 +72,16 @@ def batches(corpus: int, spans: Spans, rows: int) -> list[Batch]:
     return [Batch(corpus, spans[at : at + rows]) for at in range(0, len(spans), rows)]
 
 
+@functools.lru_cache(maxsize=4)
+def _compiled(model: ModelConfig) -> Any:
+    """One function for all devices and evaluations, so that each shape is compiled once."""
+    import jax
+
+    from model.scoring import token_scores
+
+    return jax.jit(functools.partial(token_scores, model), donate_argnames="cache")
+
+
 class Scorer:
     """A model on one device, and its own view of the corpora. Only one thread may use it."""
 
@@ -78,7 +89,6 @@ class Scorer:
         """Copies the model to the device and compiles."""
         import jax
 
-        from model.scoring import token_scores
         from model.transformer import initial_cache
 
         model = trained.recipe.model
@@ -87,8 +97,7 @@ class Scorer:
         self._arrays = jax.device_put((trained.params, trained.codebooks), device)
         capacity = -(-job.longest // job.length) * job.length
         self._empty = functools.partial(initial_cache, model, job.rows, capacity)
-        step = functools.partial(token_scores, model)
-        self._step = jax.jit(step, donate_argnames="cache")
+        self._step = _compiled(model)
         nothing = np.zeros((job.rows, job.length), np.int32)
         jax.block_until_ready(self._call(self._new_cache(), nothing, nothing, nothing > 0))
 

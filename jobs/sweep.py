@@ -7,6 +7,8 @@ a training that had begun is found and goes on, one that is done is not done aga
 
 import io
 import os
+import shutil
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,8 @@ from pipeline.storage import LocalStore, Location, open_store
 
 METRIC = "eval/bits_per_byte"
 """Of the evaluations in training: what stops early and guides an optimiser."""
-_INDEX = "__trial_index__"
-"""Under this key Tune says which replicate of an optimiser's suggestion a trial is."""
+_FIGURES = "validation_bits_per_byte"
+"""By seed, on the whole validation split: what a trial says at its end."""
 
 
 def sweep_command(location: str, root: Location, *, console: Console, as_json: bool) -> None:
@@ -49,7 +51,7 @@ def sweep_command(location: str, root: Location, *, console: Console, as_json: b
             trials = run_sweep(sweep, store.root, console)
     finally:
         claim.give_back()
-    configurations = ranked(trials, store.root)
+    configurations = ranked(trials)
     if as_json:
         console.json({"name": sweep.name, "ranking": [c.as_json() for c in configurations]})
     else:
@@ -96,12 +98,15 @@ def _fit(sweep: Sweep, root: Path, console: Console) -> list[Trial]:
         tune.with_parameters(_trial, sweep=sweep, root=str(root)), {"cpu": 1}
     )
     experiment = str(storage / "tune")
-    if tune.Tuner.can_restore(experiment):
+    # Tune writes the first of its files at once and the other one seconds later: killed in
+    # between, it has nothing to go on with, and the trainings are found by their names.
+    if tune.Tuner.can_restore(experiment) and any((storage / "tune").glob("experiment_state-*")):
         console.line(f"going on with sweep {sweep.name}")
         tuner = tune.Tuner.restore(
             experiment, trainable, resume_unfinished=True, restart_errored=True
         )
     else:
+        shutil.rmtree(experiment, ignore_errors=True)
         tuner = tune.Tuner(
             trainable,
             param_space=_param_space(sweep),
@@ -112,9 +117,12 @@ def _fit(sweep: Sweep, root: Path, console: Console) -> list[Trial]:
     trials = []
     for result in grid:
         if result.config is not None:
-            values, seed = _values(sweep, result.config)
-            figure = (result.metrics or {}).get("validation/bits_per_byte")
-            trials.append(Trial(sweep.run_name(values, seed), values, seed, figure))
+            values, seeds = _values(sweep, result.config)
+            figures = (result.metrics or {}).get(_FIGURES, {})
+            trials += [
+                Trial(sweep.run_name(values, seed), values, seed, figures.get(str(seed)))
+                for seed in seeds
+            ]
     if grid.errors:
         first = str(grid.errors[0]).strip().splitlines()[-1]
         raise UserError(
@@ -137,6 +145,8 @@ def _param_space(sweep: Sweep) -> dict[str, Any]:
         return tune.loguniform(low, high) if kind == "log_uniform" else tune.uniform(low, high)
 
     space = {field: domain(spec) for field, spec in sweep.space.items()}
+    # An optimiser is told of the mean over the seeds: there they are one trial. (Tune's Repeater
+    # does the same and forgets its groups when the sweep is restored.)
     if sweep.search != "optuna":
         space[SEED] = tune.grid_search(list(sweep.seeds))
     return space
@@ -145,7 +155,7 @@ def _param_space(sweep: Sweep) -> dict[str, Any]:
 def _tune_config(sweep: Sweep) -> Any:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Repeater
+    from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
     scheduler = None
     if stopping := sweep.early_stopping:
@@ -157,25 +167,26 @@ def _tune_config(sweep: Sweep) -> Any:
             grace_period=stopping.after,
             reduction_factor=stopping.reduction,
         )
-    n_trials, limit = 1, sweep.parallel
+    n_trials = 1
     if sweep.search == "optuna":
+        import optuna
         from ray.tune.search.optuna import OptunaSearch
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         search: Any = OptunaSearch(metric=METRIC, mode="min", seed=0)
-        if len(sweep.seeds) > 1:
-            search = Repeater(search, repeat=len(sweep.seeds), set_index=True)
         search = ConcurrencyLimiter(search, max_concurrent=sweep.parallel)
-        n_trials, limit = sweep.trials * len(sweep.seeds), None
+        n_trials = sweep.trials
     else:
         # Fixed draws, the same for each seed: what is begun again tries the same.
-        search = BasicVariantGenerator(constant_grid_search=True, random_state=0)
+        search = BasicVariantGenerator(
+            constant_grid_search=True, random_state=0, max_concurrent=sweep.parallel
+        )
         if sweep.search == "random":
             n_trials = sweep.trials
     return tune.TuneConfig(
         metric=METRIC,
         mode="min",
         num_samples=n_trials,
-        max_concurrent_trials=limit,
         search_alg=search,
         scheduler=scheduler,
         trial_dirname_creator=_folder_name,
@@ -186,12 +197,10 @@ def _folder_name(trial: Any) -> str:
     return trial.trial_id  # Tune's own holds all values: too long a name for a folder
 
 
-def _values(sweep: Sweep, config: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """The varied fields and the seed of a trial."""
+def _values(sweep: Sweep, config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """The varied fields and the seeds of a trial."""
     values = {field: _plain(config[field]) for field in sweep.space}
-    if SEED in config:
-        return values, config[SEED]
-    return values, sweep.seeds[config.get(_INDEX, 0)]
+    return values, (config[SEED],) if SEED in config else sweep.seeds
 
 
 def _plain(value: Any) -> Any:
@@ -199,44 +208,49 @@ def _plain(value: Any) -> Any:
 
 
 def _trial(config: dict[str, Any], sweep: Sweep, root: str) -> None:
-    """One training, in a process of Ray's."""
+    """One trial, in a process of Ray's: a training, or one after the other with each seed.
+
+    What may stop it early are the evaluations of the first.
+    """
     from ray import tune
 
-    from jobs.checkpoint_manifest import complete_checkpoints
     from jobs.evaluate import evaluate_run
     from jobs.metric_spool import MetricPoint
     from jobs.train import train
 
-    values, seed = _values(sweep, config)
+    values, seeds = _values(sweep, config)
     quiet = Console(io.StringIO(), io.StringIO(), quiet=True)
-    last: dict[str, Any] = {}
+    reported = 0
 
     def report(points: list[MetricPoint]) -> None:
+        nonlocal reported
         for point in points:
-            if METRIC in point.values and point.step > last.get("update", 0):
-                last.update({METRIC: point.values[METRIC], "update": point.step})
-                tune.report(dict(last))
+            if METRIC in point.values and point.step > reported:
+                reported = point.step
+                tune.report({METRIC: point.values[METRIC], "update": point.step})
 
-    recipe = sweep.recipe(values, seed)
-    trained = train(
-        recipe,
-        root=root,
-        name=sweep.run_name(values, seed),
-        console=quiet,
-        on_points=report,
-    )
-    if METRIC not in last:  # it was done before: its checkpoints know
-        for manifest in complete_checkpoints(trained.run):
-            if METRIC in manifest.metrics:
-                last = {METRIC: manifest.metrics[METRIC]}
-    evaluation = evaluate_run(trained.run, "validation", reuse=True, console=quiet)
-    tune.report(
-        {
-            METRIC: last.get(METRIC, evaluation.bits_per_byte),
-            "update": trained.update,
-            "validation/bits_per_byte": evaluation.bits_per_byte,
-        }
-    )
+    lasts, figures, update = [], {}, 0
+    for seed in seeds:
+        trained = train(
+            sweep.recipe(values, seed),
+            root=root,
+            name=sweep.run_name(values, seed),
+            console=quiet,
+            on_points=report if seed == seeds[0] else None,
+        )
+        evaluation = evaluate_run(trained.run, "validation", reuse=True, console=quiet)
+        update = trained.update
+        figures[str(seed)] = evaluation.bits_per_byte
+        lasts.append(_last_evaluation(trained.run, evaluation.bits_per_byte))
+    tune.report({METRIC: statistics.fmean(lasts), "update": update, _FIGURES: figures})
+
+
+def _last_evaluation(run: RunDirectory, otherwise: float) -> float:
+    """The metric of the newest checkpoint that has one."""
+    from jobs.checkpoint_manifest import complete_checkpoints
+
+    found = [m.metrics[METRIC] for m in complete_checkpoints(run) if METRIC in m.metrics]
+    return found[-1] if found else otherwise
 
 
 def _runs(root: Path, sweep: Sweep) -> list[RunDirectory]:

@@ -5,8 +5,6 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.storage import Location
-
 
 class Trial(NamedTuple):
     """One training of a sweep."""
@@ -36,7 +34,7 @@ class Configuration(NamedTuple):
         return self._asdict() | {"trials": [trial._asdict() for trial in self.trials]}
 
 
-def ranked(trials: list[Trial], root: Location) -> list[Configuration]:
+def ranked(trials: list[Trial]) -> list[Configuration]:
     """The configurations, the best first; those that were stopped early last."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:

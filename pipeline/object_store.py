@@ -64,6 +64,9 @@ class ObjectStore:
             return False
         return True
 
+    def md5(self, name: str) -> str:
+        return self._describe(name).get("md5Hash", "")
+
     def write(self, name: str, data: bytes) -> None:
         def send() -> None:
             google_storage.file_system().pipe_file(self._path(name), data, chunksize=_PIECE_BYTES)

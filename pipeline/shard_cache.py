@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline.cache_folder import CacheFolder, key_of
 from pipeline.errors import CorpusError
+from pipeline.patient_store import patiently
 from pipeline.shards import CHUNK_BYTES, Shard, check_sums
 from pipeline.storage import LocalStore, Store
 
@@ -41,6 +42,8 @@ class ShardCache:
     Every chunk is checked against the manifest as it arrives. A file that was there before is
     checked whole when this process first uses it, and fetched again if a byte is wrong; so nothing
     is synced to disk.
+
+    A store that is not well is waited for, ten minutes at most: a training reads here.
 
     Of a local store, the file itself is used and nothing is copied. Several threads may use one
     cache. `clock` gives increasing nanoseconds, the same for all processes.
@@ -239,9 +242,11 @@ class ShardCache:
         end = min(begin + CHUNK_BYTES, shard.length)
         for _ in range(_FETCHES):
             try:
-                with self._store.open(shard.path) as file:
-                    file.seek(begin)
-                    data = file.read(end - begin)
+                data = patiently(
+                    lambda: self._read(shard, begin, end),
+                    self._store.location,
+                    pause=self._closed.wait,
+                )
             except FileNotFoundError:
                 raise CorpusError(f"{where}: missing; run `tvq prepare` again") from None
             if hashlib.sha256(data).hexdigest() == shard.sums[index]:
@@ -250,6 +255,13 @@ class ShardCache:
             f"{where}: chunk {index} (bytes {begin} to {end}) is not what the manifest says, "
             f"{_FETCHES} times; delete the file and run `tvq prepare` again with the same settings"
         )
+
+    def _read(self, shard: Shard, begin: int, end: int) -> bytes:
+        if self._closed.is_set():
+            raise CorpusError(f"{self._folder.path}: the shard cache was closed")
+        with self._store.open(shard.path) as file:
+            file.seek(begin)
+            return file.read(end - begin)
 
 
 @dataclasses.dataclass

@@ -4,7 +4,9 @@ A name is relative to its store, with forward slashes. A file is there whole or 
 whenever the writer dies; an error that the user can mend is a `CorpusError` of one line.
 """
 
+import base64
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -58,6 +60,13 @@ class Store(Protocol):
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
+        ...
+
+    def md5(self, name: str) -> str:
+        """MD5 of the file's bytes, base64: read here, or as an object store knows it ("": not).
+
+        Raises `FileNotFoundError` if there is none.
+        """
         ...
 
     def write(self, name: str, data: bytes) -> None:
@@ -179,6 +188,11 @@ class LocalStore:
         except FileNotFoundError:
             return False
         return True
+
+    def md5(self, name: str) -> str:
+        with self._reading(name) as path, path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+        return base64.b64encode(digest.digest()).decode()
 
     def write(self, name: str, data: bytes) -> None:
         with self._writing(name) as path, _temporary(path, data) as temporary:

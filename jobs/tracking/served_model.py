@@ -32,11 +32,15 @@ class ServedModel(PythonModel):
         """Loads weights, recipe and tokenizer, verified."""
         self._model = TextModel.load(Path(context.artifacts["model"]))
 
-    # MLflow finds `context` by this name, and warns of type hints other than its own.
-    def predict(self, context, model_input, params=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        context: PythonModelContext,  # MLflow looks for this name
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> pd.DataFrame:
         """A row for each text: `text` that follows it, or `nats`, `tokens`, `bits_per_byte`."""
         options = DEFAULTS | (params or {})
-        texts = [str(text).encode() for text in pd.DataFrame(model_input)["text"]]
+        texts = [str(text).encode() for text in model_input["text"]]
         if options["task"] == "score":
             scores = [self._model.score(text) for text in texts]
             rows = [(s.nats, s.tokens, s.n_bytes, s.bits_per_byte) for s in scores]

@@ -1,5 +1,6 @@
 """A training whose processes a test kills, and what its log says of them."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from jobs.run_log import LogTail
 
 TVQ = [sys.executable, "-c", "from jobs.cli import main; main()"]
 ROOT = Path(__file__).parents[2]
-LIMIT_SECONDS = 300
+LIMIT_SECONDS = 600
 """Nothing that is waited for may take longer: a hang fails the test and says where."""
 
 
@@ -113,19 +114,30 @@ class Training:
         return True
 
     def _kill_saving(self) -> bool:
-        met: list[Path] = []
+        stale, met = self._unfinished(), set[tuple[int, int]]()
 
         def begun() -> bool:
-            checkpoints = self.run.path / "checkpoints"
-            met[:] = [
-                path for path in checkpoints.iterdir() if not (path / "manifest.json").exists()
-            ]
+            met.update(self._unfinished() - stale)
             return bool(met)
 
         self.wait("a save", begun)
         self._kill(0)
         time.sleep(0.2)
-        return not any((path / "manifest.json").exists() for path in met)
+        return not {update for update, _ in met} & self._complete()
+
+    def _complete(self) -> set[int]:
+        """The updates whose checkpoints have a manifest."""
+        manifests = (self.run.path / "checkpoints").glob("*/manifest.json")
+        return {int(path.parent.name) for path in manifests}
+
+    def _unfinished(self) -> set[tuple[int, int]]:
+        """Newer folders without one, and when they last changed; older ones are being removed."""
+        complete, found = self._complete(), set[tuple[int, int]]()
+        for path in (self.run.path / "checkpoints").iterdir():
+            if int(path.name) > max(complete, default=0):
+                with contextlib.suppress(FileNotFoundError):
+                    found.add((int(path.name), path.stat().st_ctime_ns))
+        return found
 
     def _kill_restoring(self) -> bool:
         before = len(self.events)

@@ -1,6 +1,7 @@
 """A run with parameters of our choice, as if it had been trained to them."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ MODEL = ModelConfig(
 )
 
 
+@functools.cache
 def network_of(model: ModelConfig, seed: int = 0, scale: float = 3.0) -> Network:
     """Initial values, made larger, so that what is attended shows in the logits."""
     network = initial_network(model, jax.random.key(seed))

@@ -11,12 +11,14 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # to loopback, and to nothing else
 os.environ["RAY_enable_worker_prestart"] = "0"  # noqa: SIM112
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # halves the compilation
 
 from ray.cluster_utils import Cluster
 
@@ -100,13 +102,23 @@ def main(folder: Path, scenario: str) -> None:
         "cluster.resize_seconds=5", "cluster.start_timeout_seconds=240",
     )  # fmt: skip
     recipe = recipes.load(str(micro), overrides)
-    threading.Thread(target=globals()[scenario], args=(place,), daemon=True).start()
-    ended: dict[str, Any] = {}
-    with ray_session(place.cluster.address, cpus=0):
+    ended: dict[str, Any] = {"problem": None}
+
+    def training() -> None:
         try:
             train(recipe, root=folder / "runs", name="moved", console=Console(quiet=True))
         except UserError as error:
-            ended = {"code": error.code, "message": str(error)}
+            ended["code"], ended["message"] = error.code, str(error)
+
+    thread = threading.Thread(target=training)
+    with ray_session(place.cluster.address, cpus=0):
+        thread.start()
+        try:
+            globals()[scenario](place)  # in the main thread: only there can Ray start a node
+        except BaseException:
+            ended["problem"] = traceback.format_exc()
+            place.run.request_stop(True)
+        thread.join()
     place.cluster.shutdown()
     ends = run_log.events(place.run.logs, "rank-0", "group end")
     ended["newest"] = newest_update(place.run)

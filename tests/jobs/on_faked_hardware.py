@@ -26,6 +26,13 @@ GROUPS: dict[str, tuple[dict[str, Any], ...]] = {
         {"workers": 4, "accelerator": "gpu"},
         {"workers": 2, "accelerator": "gpu", "devices_per_worker": 4},
         {"workers": 3, "accelerator": "gpu", "devices_per_worker": 4, "start_timeout_seconds": 5},
+        {
+            "workers": (3, 4),
+            "accelerator": "gpu",
+            "devices_per_worker": 4,
+            "start_timeout_seconds": 5,
+        },
+        {"workers": (1, 4), "accelerator": "gpu", "devices_per_worker": 4},
     ),
     "slices": tuple(
         {

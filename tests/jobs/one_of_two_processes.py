@@ -104,12 +104,12 @@ def as_seen_by_this_host(run: RunDirectory, harm: str) -> RunDirectory:
 
 
 def truncate(folder: Path) -> None:
-    path = folder / "state" / "manifest.ocdbt"
+    [path] = folder.glob("state-*/manifest.ocdbt")
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def overwrite(folder: Path) -> None:
-    path = folder / "state" / "manifest.ocdbt"
+    [path] = folder.glob("state-*/manifest.ocdbt")
     path.write_bytes(bytes(path.stat().st_size))
 
 

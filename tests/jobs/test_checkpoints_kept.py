@@ -159,8 +159,8 @@ def test_the_best_the_regular_and_the_pinned_outlive_the_newest(
                 pin(run, 4, True)
     assert [found.update for found in complete_checkpoints(run)] == [2, 4, 6, 10]
     root = ["--root", str(run.path.parent)]
-    (run.path / "checkpoints" / "00000012" / "state").mkdir(parents=True)
-    (run.path / "checkpoints" / "00000012" / "state" / "half").write_bytes(b"x")
+    (run.path / "checkpoints" / "00000012" / "state-0-1").mkdir(parents=True)
+    (run.path / "checkpoints" / "00000012" / "state-0-1" / "half").write_bytes(b"x")
     assert run_cli(["checkpoints", "list", "first", "--json", *root]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [row["update"] for row in listed["checkpoints"]] == [2, 4, 6, 10]

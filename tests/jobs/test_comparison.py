@@ -1,5 +1,6 @@
 """`tvq compare` on runs of a real MLflow store."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -16,11 +17,14 @@ from jobs.comparison import (
     compare,
     difference_table,
     result_table,
+    verdict_lines,
 )
 from jobs.comparison_figure import plot
+from jobs.comparison_report import page
 from jobs.errors import UserError
 from jobs.metric_spool import MetricPoint, MetricSpool
-from jobs.tracking.reading import add_to_run
+from jobs.seed_spread import Conclusion
+from jobs.tracking.reading import add_to_run, find_runs
 from jobs.tracking.store import embedded_store
 from jobs.tracking.tracker import Tracker
 
@@ -161,3 +165,157 @@ def test_the_picture_is_a_png_with_both_curves_and_their_colours(
         near = abs(pixels - [channel / 255 for channel in colour]).max(axis=-1) < 0.02
         assert near[:, : pixels.shape[1] // 2].sum() > 500  # losses
         assert near[:, pixels.shape[1] * 2 // 3 :].sum() > 200  # bits per byte
+
+
+# ---- Recipes over seeds --------------------------------------------------------------------------
+
+BITS = {"wide": (2.00, 2.02, 2.01), "<narrow>": (2.30, 2.32, 2.36)}
+"""Last bits per byte of each seed, by recipe."""
+
+
+def seed_bits(final: float, update: int) -> float:
+    return final + (100 - update) / 50
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> list[Candidate]:
+    """Two recipes with three seeds each, of 100 updates that take a second and 512 tokens each."""
+    root = tmp_path_factory.mktemp("seeds")
+    store = embedded_store(root)
+    found = []
+    for recipe, finals in BITS.items():
+        for seed, final in enumerate(finals):
+            name = f"{recipe}-{seed}"
+            spool = MetricSpool(root / name)
+            for update in range(1, 101):
+                values = {TRAIN_LOSS: final + 1 / update}
+                if update % 25 == 0:
+                    bits = seed_bits(final, update)
+                    values |= {EVAL_BITS: bits, EVAL_LOSS: bits * math.log(2)}
+                spool.append(MetricPoint(update, update * 512, update * 1000, values))
+            spool.flush()
+            tracker = Tracker.start(
+                store.uri, "seeds", name, name, artifact_location=store.artifact_location
+            )
+            width = 64 if recipe == "wide" else 32
+            fields = {"model": {"d_model": width}, "training": {"seed": seed}}
+            tracker.log_recipe(fields | {"cluster": {"workers": seed}}, "", "")
+            tracker.log_corpus("v", "f" * 64, "/c", {}, {"tokens": "integer"}, "evaluation")
+            tracker.attach_spool(root / name, lambda points: None)
+            run_id = tracker.wait_for_run()
+            assert run_id
+            assert tracker.finish("FINISHED")
+            found.append(Candidate(name, run_id, store.uri))
+    return found
+
+
+@pytest.fixture(scope="module")
+def recipes_compared(seeded: list[Candidate]) -> Comparison:
+    return compare(seeded)
+
+
+def test_runs_that_differ_in_the_seed_are_one_column(recipes_compared: Comparison):
+    assert difference_table(recipes_compared) == (
+        ["parameter", "wide", "<narrow>"],
+        [["model.d_model", "64", "32"], ["training.seed", "0, 1, 2", "0, 1, 2"]],
+    )
+    columns, rows = result_table(recipes_compared)
+    assert columns == ["result", "wide", "<narrow>", "difference"]
+    table = {row[0]: row[1:] for row in rows}
+    assert table["eval/bits_per_byte, last"] == [
+        "2.0100 (2.0000 to 2.0200)",
+        "2.3267 (2.3000 to 2.3600)",
+        "+0.3167",
+    ]
+    assert table["updates"] == ["100", "100", "+0"]
+
+
+def test_the_verdict_is_of_the_last_evaluation_that_all_share(
+    recipes_compared: Comparison, seeded: list[Candidate]
+):
+    verdict = recipes_compared.verdict
+    assert verdict
+    assert (verdict.metric, verdict.update) == (EVAL_BITS, 100)
+    assert verdict.values == [pytest.approx(list(BITS[name])) for name in BITS]
+    [line] = verdict_lines(recipes_compared)
+    assert "<narrow> less wide: +0.3167 exceeds the seed spread (3 and 3 seeds:" in line
+    [told] = as_json(recipes_compared)["verdicts"]
+    assert told["conclusion"] == Conclusion.EXCEEDS == "exceeds the seed spread"
+    assert told["p_adjusted"] < 0.01
+    alone = verdict_lines(compare([seeded[0], seeded[3]]))
+    assert alone == [
+        "eval/bits_per_byte at update 100, <narrow>-0 less wide-0: +0.3000 cannot be told from the"
+        " seed spread (1 and 1 seeds: one seed shows no spread)"
+    ]
+
+
+def test_other_validation_texts_and_repeated_seeds_are_warned_of(
+    seeded: list[Candidate], candidates: list[Candidate]
+):
+    assert compare(seeded[:2]).cautions == []
+    mixed = compare([seeded[0], candidates[0]])
+    assert any("fingerprints differ" in caution for caution in mixed.cautions)
+    repeated = compare([seeded[0], Candidate("copy", seeded[0].run_id, seeded[0].uri)])
+    assert "copy repeats a seed of wide-0 and is not counted" in repeated.cautions
+    assert repeated.verdict is None
+
+
+@pytest.mark.parametrize(("by", "last"), [("step", 100.0), ("tokens", 51200.0), ("hours", None)])
+def test_curves_lie_over_updates_tokens_or_hours(
+    seeded: list[Candidate], by: str, last: float | None
+):
+    comparison = compare(seeded[:1], by)  # pyright: ignore[reportArgumentType]
+    curve = comparison.runs[0].curves[EVAL_BITS]
+    assert [point.update for point in curve] == [25, 50, 75, 100]
+    steps = [after.x - before.x for before, after in itertools.pairwise(curve)]
+    if last is None:
+        assert steps == [pytest.approx(25 / 3600)] * 3
+    else:
+        assert curve[-1].x == last
+        assert steps == [pytest.approx(last / 4)] * 3
+
+
+def test_a_query_finds_runs_by_their_parameters(seeded: list[Candidate]):
+    uri = seeded[0].uri
+    found = find_runs(uri, "seeds", "params.`model.d_model` = '32'")
+    assert [one.run_id for one in found] == [one.run_id for one in seeded[3:]]
+    assert found[0].datasets == {"evaluation": ["f" * 36]}
+    assert len(find_runs(uri, "seeds", "")) == 6
+    with pytest.raises(UserError, match="has none of that name"):
+        find_runs(uri, "nowhere", "")
+    with pytest.raises(UserError, match="MLflow at"):
+        find_runs(uri, "seeds", "this is no filter")
+
+
+def test_the_report_is_one_page_with_figure_verdict_and_every_run(
+    recipes_compared: Comparison, seeded: list[Candidate], tmp_path: Path
+):
+    import xml.etree.ElementTree as ET
+
+    text = page(recipes_compared)
+    assert "<narrow>" not in text  # names are escaped
+    assert "&lt;narrow&gt; less wide: +0.3167 exceeds the seed spread" in text
+    assert all(one.run_id in text for one in seeded)
+    assert not any(mark in text for mark in ("<script", "src=", "url(http"))
+    figure = text[text.index("<svg") : text.index("</svg>") + len("</svg>")]
+    assert ET.fromstring(figure).tag.endswith("svg")
+    plot(recipes_compared, tmp_path / "seeds.png")
+    from matplotlib.image import imread
+
+    assert imread(tmp_path / "seeds.png").shape[1] == 2100
+
+
+def test_a_band_reaches_from_the_least_to_the_most_seed(recipes_compared: Comparison):
+    from jobs.comparison_figure import _band, _split
+
+    group = recipes_compared.groups[1]
+    curves = [_split(recipes_compared.runs[i].curves[EVAL_BITS]) for i in group.members]
+    band = _band(curves)
+    assert list(band.x) == [25, 50, 75, 100]
+    assert band.least.tolist() == pytest.approx([seed_bits(2.30, u) for u in (25, 50, 75, 100)])
+    assert band.most.tolist() == pytest.approx([seed_bits(2.36, u) for u in (25, 50, 75, 100)])
+    # Of other x each: only where all of them are, and on the lines between their points.
+    shifted = [(x + shift, y) for shift, (x, y) in enumerate(curves)]
+    band = _band(shifted)
+    assert (band.x[0], band.x[-1]) == (27, 100)
+    assert band.least[-1] == pytest.approx(seed_bits(2.30, 100))

@@ -77,6 +77,7 @@ dynamic_slice_sizes={1,4,128}
   %round = s32[]{:T(128)} get-tuple-element(%state), index=0
   %all = bf16[8,4,128]{2,1,0:T(4,128)(2,1)} get-tuple-element(%state), index=1
   %part = bf16[1,4,128]{2,1,0:T(4,128)(2,1)S(1)} fusion(%all, %round), kind=kLoop, calls=%fused
+  %twice = bf16[1,4,128]{2,1,0:T(4,128)(2,1)S(1)} add(%part, %part)
   %one = s32[]{:T(128)} constant(1)
   %next = s32[]{:T(128)} add(%round, %one)
   ROOT %after = (s32[]{:T(128)}, bf16[8,4,128]{2,1,0:T(4,128)(2,1)}) tuple(%next, %all)

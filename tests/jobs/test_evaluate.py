@@ -16,7 +16,7 @@ import pytest
 from jobs.cli import run_cli
 from jobs.console import Console
 from jobs.errors import ExitCode, UserError
-from jobs.evaluate import evaluate_run
+from jobs.evaluate import evaluate_run, word_perplexity
 from jobs.evaluation import Evaluation
 from jobs.run_directory import RunDirectory
 from model.transformer import bind, initial_cache
@@ -24,6 +24,7 @@ from pipeline.errors import CorpusError
 from tests.jobs.made_run import MODEL, make_run, network_of, unigram
 from tests.pipeline.corpora import stream, write_corpus
 
+pytestmark = pytest.mark.compiles
 QUIET = Console(quiet=True)
 T = 24
 TEXTS = [b"it is a truth", b" universally acknowledged, that a single man in possession of a good"]
@@ -120,6 +121,12 @@ def test_a_unigram_head_is_the_empirical_entropy(corpus, tmp_path, window):
         assert figures.documents.nats[index] == pytest.approx(nats, rel=1e-5)
 
 
+def test_word_perplexity_is_of_words_not_tokens():
+    """PG-19's: 26.6 is a loss of log(26.6) nats for each word, however many tokens it had."""
+    assert word_perplexity(1000 * math.log(26.6), 1000) == pytest.approx(26.6, rel=1e-12)
+    assert word_perplexity(math.log(2) * 30, 10) == pytest.approx(8, rel=1e-12)
+
+
 # ---- Spans, caches, sums -------------------------------------------------------------------------
 
 
@@ -171,6 +178,7 @@ def test_positions_add_up(plain, carried, run):
     assert carried.positions[1].targets == sum(max(len(text) + 1 - 64, 0) for text in TEXTS)
 
 
+@pytest.mark.slow
 def test_of_unquantised_attention_the_carried_cache_holds_all(corpus, tmp_path):
     model = replace(MODEL, quantized_keys=False)
     network = network_of(model)
@@ -234,30 +242,24 @@ def test_many_documents_are_what_is_resampled(tmp_path):
 
 
 @pytest.mark.ray
-def test_any_number_of_workers_gives_the_same_digits(corpus, tmp_path):
-    network = network_of(MODEL)
-    run = make_run(tmp_path, "spread", corpus, network, sequence_length=T)
-    # Batches of 16 windows would be one: the text ten times over makes several.
-    many = tmp_path / "many"
-    write_corpus(many, train=[[[b"text"]]], test=SHARDS * 12)
-    run = make_run(tmp_path, "shared", many, network, sequence_length=T)
+@pytest.mark.parametrize("carry", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_any_number_of_workers_gives_the_same_digits(tmp_path, carry):
     from jobs.ray_session import ray_session
 
-    figures, dumps = [], []
+    # The text twelve times over makes nine batches of 16 windows.
+    write_corpus(tmp_path / "many", train=[[[b"text"]]], test=SHARDS * 12)
+    run = make_run(tmp_path, "shared", tmp_path / "many", network_of(MODEL), sequence_length=T)
+    found = {}
     with ray_session(None, cpus=3):
         for workers in (1, 3):
-            for carry in (False, True):
-                dump = tmp_path / f"{workers}-{carry}.parquet"
-                found = evaluated(run, workers=workers, carry=carry, dump=dump)
-                figures.append(replace(found, tokens_per_second=0.0).figures())
-                dumps.append(dump.read_bytes())
-                stored = sorted((run.path / "evaluations").glob("*.arrow"))
-                figures[-1]["stored"] = [path.read_bytes().hex() for path in stored]
-    assert figures[0] == figures[2] | {"stored": figures[0]["stored"]}
-    assert figures[1] == figures[3]
-    assert dumps[:2] == dumps[2:]
-    here = evaluated(run)
-    assert here.nats_per_token == pytest.approx(figures[0]["nats_per_token"], rel=1e-6)
+            dump = tmp_path / f"{workers}.parquet"
+            figures = evaluated(run, workers=workers, carry=carry, dump=dump)
+            [stored] = (run.path / "evaluations").glob("*.arrow")
+            figures = replace(figures, tokens_per_second=0.0).figures()
+            found[workers] = (figures, stored.read_bytes(), dump.read_bytes())
+    assert found[1] == found[3]
+    here = evaluated(run, carry=carry)
+    assert here.nats_per_token == pytest.approx(found[1][0]["nats_per_token"], rel=1e-6)
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A flow of real trainings: nothing is done twice, what broke goes on, the better one stays."""
+"""A flow of real trainings: what is done stays, what broke goes on, the better model is kept."""
 
 import json
 import shutil

@@ -28,7 +28,9 @@ def trained(folder: Path, scenario: str) -> dict[str, Any]:
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
-    return json.loads(ended.stdout.splitlines()[-1])
+    seen = json.loads(ended.stdout.splitlines()[-1])
+    assert seen["problem"] is None, seen["problem"]
+    return seen
 
 
 def test_an_announced_loss_of_a_node_is_saved_before_and_ends_a_fixed_group(tmp_path):

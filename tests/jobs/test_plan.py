@@ -20,6 +20,8 @@ from jobs.prices import read_prices
 from model.counts import flops_per_token, parameter_count
 from tests.micro import RECIPE
 
+pytestmark = pytest.mark.timeout(900)  # three programs are compiled: 27 s of a core
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -82,6 +84,9 @@ def test_data_parallel_gradients_are_reduced_every_update(planned: Plan, micro: 
     """Of two devices, each sends the gradients of all parameters once an update."""
     gradients = 4 * parameter_count(micro.model).trained * micro.updates_per_batch
     assert gradients <= planned.collectives["all-reduce"] < 1.1 * gradients
+    assert planned.parameter_collectives == 3 * gradients
+    assert not planned.activations_travel
+    assert dataclasses.replace(planned, collectives={"x": 13 * gradients}).activations_travel
 
 
 def test_hours_and_money_follow_from_the_time_of_a_batch(planned: Plan):

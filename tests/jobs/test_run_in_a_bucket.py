@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from jobs.checkpoint_manifest import (
 from jobs.cli import run_cli
 from jobs.errors import UserError
 from jobs.lease import Fence, Lease, LeaseLostError
-from jobs.metric_spool import read_segment, segments
 from jobs.run_directory import RunDirectory, list_runs
 from jobs.run_log import LogTail, close_log, event, events, open_log
 from tests.jobs.trained_micro import train_micro
@@ -188,7 +186,7 @@ def test_begun_and_resumed_in_a_bucket_equals_trained_on_disk(
 def test_while_an_upload_stalls_the_updates_go_on(
     workplace: Path, undisturbed: dict[str, int], bucket: str, object_store: ObjectStoreServer
 ):
-    """Nothing of a checkpoint is answered until the last update has been made."""
+    """Nothing of the first checkpoint is answered while eight more updates are made."""
     object_store.fault("stall", r"checkpoints(/|%2F)0000")
     process = start(workplace, f"{bucket}/runs")
     assert process.stdout is not None
@@ -199,16 +197,8 @@ def test_while_an_upload_stalls_the_updates_go_on(
         said += line
     assert "checkpoint at update 8 is skipped: the one before is still being stored" in said
     run = RunDirectory.at(f"{bucket}/runs", "first")
-    # All updates are made and their points stored, and no checkpoint is.
-    points = [
-        point
-        for name in segments(run.metrics)
-        for point in read_segment(run.metrics, name).points
-    ]  # fmt: skip
-    sent = f"update {STEPS}/{STEPS}" in said or any(point.step >= 12 for point in points)
-    assert sent, (said, points)
+    assert newest_update(run) == 0
     object_store.mend()
-    assert newest_update(run) in (0, 4, 16)
     output = finished(process)
     assert "Traceback" not in output
     assert sums(run) == undisturbed
@@ -379,9 +369,7 @@ def test_exported_and_imported_the_parameters_are_the_same_to_the_bit(
 
 
 @pytest.mark.compiles
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
-def test_a_flipped_byte_of_any_object_is_detected_or_harmless(bucket: str):
+def test_a_flipped_bit_of_any_object_is_detected(bucket: str):
     from jobs.checkpoints import restore
     from tests.jobs.test_checkpoints import abstract, assert_same, copied, save, small_state
 
@@ -390,23 +378,17 @@ def test_a_flipped_byte_of_any_object_is_detected_or_harmless(bucket: str):
     save(run, small_state(2), 2)
     [manifest] = complete_checkpoints(run)
     store, expected = arrays_store(run, manifest), copied(small_state(2))
-    random, detected = np.random.default_rng(11), set[str]()
+    random = np.random.default_rng(11)
     for name in manifest.files:
         content = store.read(name)
-        for _ in range(2):
-            harmed = bytearray(content)
-            harmed[int(random.integers(len(content)))] ^= 1 << int(random.integers(8))
-            store.write(name, bytes(harmed))
-            try:
-                found: Any = restore(run, manifest, abstract(small_state()))
-            except DamagedCheckpointError as damage:
-                detected.add(name)
-                assert store.location in str(damage) or "leaf [" in str(damage)  # noqa: PT017
-            else:
-                assert_same(copied(found), expected)
+        harmed = bytearray(content)
+        harmed[int(random.integers(len(content)))] ^= 1 << int(random.integers(8))
+        store.write(name, bytes(harmed))
+        with pytest.raises(DamagedCheckpointError) as caught:
+            restore(run, manifest, abstract(small_state()))
+        assert f"{store.location}/{name}" in str(caught.value)
         store.write(name, content)
     assert_same(copied(restore(run, manifest, abstract(small_state()))), expected)
-    assert len(detected) >= 3, detected
     store.remove("manifest.ocdbt")
     with pytest.raises(DamagedCheckpointError, match=r"manifest\.ocdbt is missing"):
         restore(run, manifest, abstract(small_state()))

@@ -10,11 +10,14 @@ import pytest
 
 from jobs.checkpoint_manifest import (
     CheckpointManifest,
+    DamagedCheckpointError,
     arrays_store,
     commit,
     complete_checkpoints,
     newest_update,
+    readable_checkpoints,
 )
+from jobs.checkpoints import restore_alone
 from jobs.cli import run_cli
 from jobs.run_directory import RunDirectory
 from tests.jobs.trained_micro import train_micro
@@ -54,7 +57,7 @@ def byte_flipped(run: RunDirectory) -> str:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0x10
     path.write_bytes(data)
-    return "state-"
+    return f"{path.name} is not what was saved"
 
 
 def file_missing(run: RunDirectory) -> str:
@@ -81,9 +84,6 @@ def said_of(capfd: pytest.CaptureFixture[str]) -> str:
     return text
 
 
-# Orbax leaves coroutines unawaited where a read fails.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 @pytest.mark.parametrize("harm", HARMS)
 def test_damage_is_named_and_the_checkpoint_before_is_taken(
     run: RunDirectory, harm: Callable[[RunDirectory], str], capfd: pytest.CaptureFixture[str]
@@ -103,8 +103,6 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(
 
 
 @pytest.mark.tracking
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 def test_a_training_goes_on_from_the_last_good_one_and_says_so(
     run: RunDirectory, workplace: Path, capfd: pytest.CaptureFixture[str]
 ):
@@ -152,44 +150,26 @@ def test_a_newer_format_or_another_model_is_one_line(
     assert len([line for line in said.splitlines() if line.startswith("error")]) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 def test_no_flipped_bit_of_any_file_of_a_checkpoint_restores_silently(run: RunDirectory):
-    """Of a real train state; of every file, our manifest included, 12 bits at random."""
-    import jax
-
-    from jobs.checkpoint_manifest import DamagedCheckpointError
-    from jobs.checkpoints import restore_alone
-
+    """Of a real train state; of every file, our manifest included, bits at random."""
     random = np.random.default_rng(4)
-    manifest, _ = newest(run)
     folder = run.path / "checkpoints" / "00000008"
-    expected = [np.array(leaf) for leaf in jax.tree.leaves(restore_alone(run, manifest))]
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {path.name for path in files} > {"manifest.json", "manifest.ocdbt", "_METADATA"}
-    detected, harmless = 0, 0
     for path in files:
         content = path.read_bytes()
-        for _ in range(12):
+        for _ in range(3):
             harmed = bytearray(content)
             harmed[int(random.integers(len(content)))] ^= 1 << int(random.integers(8))
             path.write_bytes(harmed)
-            found = complete_checkpoints(run)[-1]
-            try:
-                if found.update == 8:
-                    state = jax.tree.leaves(restore_alone(run, found))
-                    pairs = zip(state, expected, strict=True)
-                    assert all(np.array(a).tobytes() == b.tobytes() for a, b in pairs), path
-                    assert found == manifest, path
-                    harmless += 1
-                else:
-                    detected += 1
-            except DamagedCheckpointError:
-                detected += 1
+            found, damages = readable_checkpoints(run)
+            if [manifest.update for manifest in found] == [4, 8]:
+                with pytest.raises(DamagedCheckpointError) as caught:
+                    restore_alone(run, found[-1])
+                damages = [caught.value]
+            assert str(path) in str(damages[0])
             path.write_bytes(content)
-    print(f"{len(files)} files: {detected} flipped bits detected, {harmless} changed nothing")
-    assert detected > harmless
+    restore_alone(run, complete_checkpoints(run)[-1])
 
 
 def test_what_restores_runs_no_code_of_a_file(

@@ -55,15 +55,15 @@ def command_of(name: str, *overrides: str) -> list[str]:
 
 def tvq(folder: Path, *arguments: str, code: int = 0) -> str:
     """What the command prints; in this process, where nothing has to be imported again."""
-    output = io.StringIO()
+    output, errors = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(folder),
         contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(output),
+        contextlib.redirect_stderr(errors),
     ):
         ended = run_cli(list(arguments))
-    assert ended == code, output.getvalue()
-    return output.getvalue()
+    assert ended == code, output.getvalue() + errors.getvalue()
+    return output.getvalue() if "--json" in arguments else output.getvalue() + errors.getvalue()
 
 
 def finished(process: subprocess.Popen, code: int) -> str:

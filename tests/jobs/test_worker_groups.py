@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROGRAM = Path(__file__).parent / "on_faked_hardware.py"
 
@@ -22,7 +22,7 @@ def groups_on(hardware: str, folder: Path) -> list[Any]:
         [sys.executable, PROGRAM, folder, hardware],
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=580,
         cwd=folder,
         check=False,
     )
@@ -76,8 +76,15 @@ def test_a_worker_for_all_gpus_of_a_node(gpus):
     assert all(worker["arguments"]["local_device_ids"] == [0, 1, 2, 3] for worker in workers)
 
 
-def test_group_without_a_place_says_what_was_asked_and_what_is_there(gpus):
-    message = gpus[2]
+def test_elastic_group_takes_what_is_there(gpus):
+    workers = gpus[4]
+    joined(workers)
+    assert [visible(worker) for worker in workers] == ["0,1,2,3"] * 2
+
+
+@pytest.mark.parametrize("group", [2, 3], ids=["fixed", "elastic"])
+def test_group_without_a_place_says_what_was_asked_and_what_is_there(gpus, group):
+    message = gpus[group]
     assert message.startswith(
         "no place for 3 workers of CPU 1, GPU 4 each after 5 s; the cluster's nodes:"
         " 2 x (CPU 4, GPU 4); 1 x (CPU 2, GPU 0), of which CPU 10, GPU 8 is free;"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jobs import loop
+from jobs import loop, run_log
 from jobs import recipe as recipes
 from jobs.lease import Lease
 from jobs.loop_contract import LoopSettings
@@ -30,4 +30,5 @@ def train_micro(
     run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe))
     with Lease(run).held() as lease:
         loop.train(LoopSettings(run.location, recipe, lease.owner))
+    run_log.close_log()
     return run

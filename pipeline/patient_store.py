@@ -31,7 +31,7 @@ class PatientStore:
         self,
         store: Store,
         limit_s: float = LIMIT_SECONDS,
-        pause: Callable[[float], None] = time.sleep,
+        pause: Callable[[float], object] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._limit_s, self._pause, self._clock = store, limit_s, pause, clock
@@ -51,6 +51,9 @@ class PatientStore:
 
     def exists(self, name: str) -> bool:
         return self._patiently(lambda: self._store.exists(name))
+
+    def md5(self, name: str) -> str:
+        return self._patiently(lambda: self._store.md5(name))
 
     def write(self, name: str, data: bytes) -> None:
         self._patiently(lambda: self._store.write(name, data))
@@ -74,22 +77,36 @@ class PatientStore:
         self._patiently(lambda: self._store.remove_tree(prefix))
 
     def _patiently(self, call: Callable[[], _Answer]) -> _Answer:
-        begun, pause, failed = self._clock(), 1.0, False
-        while True:
-            try:
-                result = call()
-            except PassingFaultError as fault:
-                if self._clock() - begun + pause > self._limit_s:
-                    raise
-                if not failed:
-                    log.warning("%s; tried again for %.0f s", fault, self._limit_s)
-                failed = True
-                self._pause(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-            else:
-                if failed:
-                    log.warning("%s answers again", self.location)
-                return result
+        return patiently(
+            call, self.location, limit_s=self._limit_s, pause=self._pause, clock=self._clock
+        )
+
+
+def patiently(
+    call: Callable[[], _Answer],
+    where: str,
+    *,
+    limit_s: float = LIMIT_SECONDS,
+    pause: Callable[[float], object] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> _Answer:
+    """What `call` returns, called again while it raises a `PassingFaultError`, within the limit."""
+    begun, seconds, failed = clock(), 1.0, False
+    while True:
+        try:
+            answer = call()
+        except PassingFaultError as fault:
+            if clock() - begun + seconds > limit_s:
+                raise
+            if not failed:
+                log.warning("%s; tried again for %.0f s", fault, limit_s)
+            failed = True
+            pause(seconds)
+            seconds = min(2 * seconds, _LONGEST_PAUSE_SECONDS)
+        else:
+            if failed:
+                log.warning("%s answers again", where)
+            return answer
 
 
 def open_patient_store(location: Location) -> Store:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.patient_store import PatientStore, open_patient_store
 from pipeline.errors import CorpusError, PassingFaultError
+from pipeline.patient_store import PatientStore, open_patient_store
 from pipeline.storage import LocalStore, Store
 from tests.services import ObjectStoreServer
 
