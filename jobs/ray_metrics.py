@@ -38,7 +38,7 @@ _RECORDED = {
     "tvq_dead_codes": "codebook/dead_codes",
     "tvq_collapsed_layers": "codebook/collapsed_layers",
     "tvq_goodput_fraction": "goodput/fraction",
-    "tvq_upload_lag_seconds": "checkpoint/lag_seconds",
+    "tvq_upload_lag_seconds": "checkpoint/upload_lag_seconds",
 }
 
 

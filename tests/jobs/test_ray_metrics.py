@@ -33,7 +33,7 @@ def test_gauges_are_exported_by_ray(tmp_path: Path):
     latest = {
         "update": 4.0, "perf/tokens_per_second": 812.5, "train/loss_nats_per_token": 2.25,
         "train/skipped_updates": 3.0, "codebook/dead_codes": 7.0, "codebook/collapsed_layers": 1.0,
-        "goodput/fraction": 0.5, "checkpoint/lag_seconds": 6.5,
+        "goodput/fraction": 0.5, "checkpoint/upload_lag_seconds": 6.5,
     }  # fmt: skip
     expected = {
         "tvq_progress_update": 4, "tvq_tokens_per_second": 812.5, "tvq_loss_nats_per_token": 2.25,
