@@ -64,6 +64,7 @@ def ray_session(address: str | None, *, cpus: int) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
+            address="local",  # else Ray looks for one that was started on this machine
             num_cpus=max(cpus, os.cpu_count() or 1),
             include_dashboard=False,
             log_to_driver=False,
