@@ -1,6 +1,9 @@
 """A run's newest intact checkpoint, loaded into this process to score or write text."""
 
+import logging
 from typing import Any, NamedTuple
+
+import click
 
 from jobs import recipe as recipes
 from jobs.checkpoint_manifest import (
@@ -49,9 +52,22 @@ def refuse_other_text(run: RunDirectory, mixture: Mixture, split: str, recorded:
 def load_trained_model(run: RunDirectory) -> TrainedModel:
     """Restores, verified, onto the first device of this process.
 
+    A damaged checkpoint is named on stderr, and the one before is taken.
+
     Raises:
         UserError: the run has no checkpoint yet, or none that is intact.
     """
+    shown = logging.Handler(logging.WARNING)
+    shown.emit = lambda record: click.echo(f"warning: {record.getMessage()}", err=True)
+    logger = logging.getLogger("tvq")
+    logger.addHandler(shown)
+    try:
+        return _load(run)
+    finally:
+        logger.removeHandler(shown)
+
+
+def _load(run: RunDirectory) -> TrainedModel:
     import jax
 
     from jobs.checkpoints import restore_newest

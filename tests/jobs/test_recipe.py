@@ -61,6 +61,7 @@ BASE = (
 )
 
 ANOTHER = {
+    "training.init_from": "tiny@400",
     # Another value for the fields whose default does not suggest one.
     "data.corpus": "a folder/off",
     "data.mixture": {"a folder": 3, "b": 0.5},
