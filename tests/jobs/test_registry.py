@@ -248,15 +248,16 @@ def test_a_champion_who_changed_meanwhile_is_not_replaced(
     mlflow_registry.move_alias(uri, "plays", CHAMPION, 1)
 
     def compare_while_another_promotes(*_: object) -> Decision:
-        mlflow_registry.move_alias(uri, "plays", "champion", 3)
+        mlflow_registry.move_alias(uri, "plays", CHAMPION, theirs)
         return Decision("promoted", "better than version 1")
 
-    register(run, "plays", update=EARLY + 8)
+    theirs = mlflow_registry.create_version(uri, "plays", both[0].location, None, {})
     monkeypatch.setattr(registry, "_compared", compare_while_another_promotes)
     found = try_promote(run, "plays", 2)
     assert found.outcome == "refused"
-    assert "became version 3 meanwhile" in found.why
-    assert mlflow_registry.aliased(uri, "plays", CHAMPION) == 3
+    assert f"became version {theirs} meanwhile" in found.why
+    assert mlflow_registry.aliased(uri, "plays", CHAMPION) == theirs
+    mlflow_registry.delete_version(uri, "plays", theirs)
 
 
 SERVE = """
