@@ -183,6 +183,7 @@ def test_another_validation_split_is_refused(
     assert "different validation splits" in decision.why
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_gone_is_scored_by_its_registered_weights(
     workplace: Path, both: list[Registered]
 ):
