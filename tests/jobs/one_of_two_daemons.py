@@ -38,10 +38,11 @@ class Lines:
 def main(root: str, lines: str, begin: float, end: float, seed: int) -> None:
     jitter = random.Random(seed)
     now = begin
-    scheduler = Scheduler(root, Lines(Path(lines)), clock=lambda: now)
+    # Nobody dies here, and the two clocks are far apart: no claim expires.
+    scheduler = Scheduler(root, Lines(Path(lines)), clock=lambda: now, claim_seconds=1e9)
     while now < end or scheduler.open:
         scheduler.step()
-        now += jitter.choice((1, 20, 60, 60, 120))
+        now += jitter.choice((1, 20, 60, 60, 120)) if now < end else 1
     print(len(scheduler.outcomes))
 
 

@@ -293,7 +293,7 @@ def test_overlap(tmp_path: Path, overlap, expected):
     folder = add(tmp_path, overlap=overlap)
     clock = Clock()
     cluster = Cluster(clock, seconds=2.5 * 3600)
-    run(Scheduler(tmp_path, cluster, clock=clock), clock, timedelta(hours=6, minutes=45))
+    run(Scheduler(tmp_path, cluster, clock=clock), clock, timedelta(hours=6, minutes=45), every=300)
     assert list(outcomes(folder).values())[:5] == expected
     begun = sorted(cluster.launched.values())
     if overlap == "queue":  # one after the other
