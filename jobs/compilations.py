@@ -28,6 +28,16 @@ _OPERATIONAL = ("training.accumulate", "cluster.data", "cluster.fsdp", "cluster.
 """Fields that make the program though they do not affect the mathematics, as all of the model's."""
 _NOT_IN_IT = ("training.seed", "training.max_skipped", "training.max_fallbacks", "data.window")
 
+_OF_TRAINING_ALONE = (
+    "model.remat",
+    "training.accumulate",
+    "training.spike_deviations",
+    "training.update_length",
+)
+"""Fields that change nothing in a program that has no backward pass."""
+_OF_THE_MESH = ("cluster.data", "cluster.fsdp", "cluster.tensor", "training.batch_size")
+"""Fields that change nothing in a program on one device, with rows of its own."""
+
 
 class Compilation(NamedTuple):
     """A program as the compiler left it."""
@@ -92,8 +102,13 @@ def _key(recipe: Recipe, on: str, program: str) -> str:
     everything, fields = flatten(recipe), flatten(recipe, mathematical_only=True)
     fields |= {name: everything[name] for name in everything if name.startswith("model.")}
     fields |= {name: everything[name] for name in _OPERATIONAL}
+    without = _NOT_IN_IT
+    if program != "train":
+        without += _OF_TRAINING_ALONE
+    if program not in ("train", "evaluate"):
+        without += _OF_THE_MESH
     asked = {
-        "fields": {name: value for name, value in fields.items() if name not in _NOT_IN_IT},
+        "fields": {name: value for name, value in fields.items() if name not in without},
         "on": on,
         "program": program,
         "versions": versions(on),

@@ -190,9 +190,10 @@ def plan(
         if tried == _CHANGES_TRIED:
             break
         console.line(f"{on}: does not fit; trying {stated(changes)}")
-        changed = _plan(
-            with_changes(recipe, changes), target, costs, PROGRAMS, limit_seconds, console
-        )
+        other = with_changes(recipe, changes)
+        if not _plan(other, target, costs, ("train",), limit_seconds, console).fits:
+            continue  # what takes most does not fit, so the rest need not be compiled
+        changed = _plan(other, target, costs, PROGRAMS, limit_seconds, console)
         if changed.fits:
             return dataclasses.replace(made, changes=changes, changed=changed)
     return made
