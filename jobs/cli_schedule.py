@@ -170,10 +170,18 @@ def remove(name: str, root: Root) -> None:
     epilog="""\b
 Examples:
   tvq schedule serve
-  tvq schedule serve --root gs://bucket/runs"""
+  tvq schedule serve --root gs://bucket/runs --metrics-port 9464"""
 )
+@click.option(
+    "--metrics-port", type=click.IntRange(1, 65535),
+    help="Answer Prometheus there, at /metrics: tvq_missed_ticks of each schedule.",
+)  # fmt: skip
+@click.option(
+    "--metrics-host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
+    help="Of this machine, for --metrics-port; 0.0.0.0 for all that it has.",
+)  # fmt: skip
 @root_option
-def serve(root: Root) -> None:
+def serve(metrics_port: int | None, metrics_host: str, root: Root) -> None:
     """See to all schedules under the root, until Ctrl-C.
 
     Several daemons may serve the same schedules, on one machine or many: each tick is run by one
@@ -181,7 +189,7 @@ def serve(root: Root) -> None:
     """
     from jobs.schedule_daemon import serve_command
 
-    serve_command(root, console=console())
+    serve_command(root, metrics_host=metrics_host, metrics_port=metrics_port, console=console())
 
 
 @schedule.command(

@@ -10,12 +10,17 @@ from jobs.errors import ExitCode, UserError
 from jobs.flow_file import Flow, load_flow
 from jobs.flow_folder import FlowFolder, unfinished_tick
 from jobs.flow_stages import Candidate, Champion, Corpus, Stages, Verdict
-from jobs.ticks import tick_id
+from jobs.ticks import Cron, tick_id
 from jobs.tracking.parent_run import ParentRun
 from pipeline.storage import Location
 
 _RENEW_SECONDS = 5.0
+_WAIT_SECONDS = 5.0
 Output = TypeVar("Output", Corpus, Candidate, Verdict)
+
+
+class TickBusyError(UserError):
+    """Another process runs the flow at this tick."""
 
 
 class FlowResult(NamedTuple):
@@ -38,6 +43,32 @@ def run_command(
     flow = load_flow(location)
     tick = tick or unfinished_tick(root, flow.name) or f"{tick_id(datetime.now(UTC))}-by-hand"
     result = run_flow(flow, tick, root, console)
+    if as_json:
+        console.json(_as_json(result))
+
+
+def run_newest_command(
+    location: str, cron: str, timezone: str, root: Location, *, console: Console, as_json: bool
+) -> None:
+    """Runs a flow at the newest tick of a cron expression, or waits until somebody has.
+
+    A cluster's cron may fire late or twice, and a daemon may serve the same flow: the tick follows
+    from the expression, and its claim is that of every `run_flow`. It is waited for, since a
+    process that is gone, on another machine, holds it until its lease expires.
+    """
+    flow = load_flow(location)
+    tick = tick_id(Cron.parse(cron, timezone).latest(datetime.now(UTC)))
+    waits = False
+    while True:
+        try:
+            result = run_flow(flow, tick, root, console)
+        except TickBusyError as error:
+            if not waits:
+                console.line(str(error))
+            waits = True
+            time.sleep(_WAIT_SECONDS)
+        else:
+            break
     if as_json:
         console.json(_as_json(result))
 
@@ -75,13 +106,13 @@ def run_flow(flow: Flow, tick: str, root: Location, console: Console) -> FlowRes
     """Runs what of the flow is not done yet at this tick.
 
     Raises:
-        UserError: a stage failed, saying which, or another process runs this flow at this tick.
-            The same command goes on where it was.
+        TickBusyError: another process runs this flow at this tick.
+        UserError: a stage failed, saying which. The same command goes on where it was.
     """
     folder = FlowFolder(root, flow.name, tick)
     claim = folder.claim()
     if holder := claim.take():
-        raise UserError(
+        raise TickBusyError(
             f"flow {flow.name}: tick {tick} is being run by process {holder.pid} on {holder.host};"
             " wait for it",
             ExitCode.BUSY,

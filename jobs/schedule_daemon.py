@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.console import Console
+from jobs.daemon_metrics import DaemonMetrics
 from jobs.errors import ExitCode, UserError
 from jobs.flow_folder import flow_state
 from jobs.launchers import LocalLauncher
@@ -23,15 +24,29 @@ _LOOK_SECONDS_IN_A_BUCKET = 10.0
 """A look is two requests a schedule: 17,000 a day."""
 
 
-def serve_command(root: Location, *, console: Console) -> None:
-    """Sees to all schedules until Ctrl-C or SIGTERM."""
+def serve_command(
+    root: Location, *, metrics_host: str, metrics_port: int | None, console: Console
+) -> None:
+    """Sees to all schedules until Ctrl-C or SIGTERM.
+
+    Args:
+        root: folder of the runs and schedules.
+        metrics_host: address that Prometheus is answered at.
+        metrics_port: port of that; None: it is not answered.
+        console: says what happens.
+    """
     scheduler = _scheduler(root, console)
+    metrics = None if metrics_port is None else DaemonMetrics(metrics_host, metrics_port)
     console.line(f"serving the schedules under {open_store(root).location}; Ctrl-C ends it")
     with _told_to_stop() as stop:
         while not stop.is_set():
             due = scheduler.step()
+            if metrics:
+                metrics.show(scheduler.missed)
             stop.wait(max(0.05, min(_pause(root, scheduler), due - time.time())))
     scheduler.let_go()
+    if metrics:
+        metrics.close()
     console.line("stopped; what was launched goes on, and the next daemon sees to it")
 
 

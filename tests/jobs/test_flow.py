@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from jobs import flow_stages
 from jobs.cli import run_cli
 from jobs.console import Console
 from jobs.errors import ExitCode
-from jobs.flow import run_flow
+from jobs.flow import FlowResult, _as_json, run_flow
 from jobs.flow_file import load_flow
 from jobs.flow_folder import FlowFolder, flow_state
+from jobs.flow_stages import Candidate, Corpus, Verdict
 from jobs.run_directory import list_runs
 from jobs.tracking.parent_run import children
 from jobs.tracking.store import embedded_store
@@ -132,6 +134,34 @@ def test_a_tick_that_another_process_runs_is_busy(workplace: Path, capsys):
     assert "is being run by process" in capsys.readouterr().err
     claim.give_back()
     assert flow_state(workplace / "runs", "nightly", TICKS[0]) is None
+
+
+def test_the_tick_of_a_clusters_cron_is_that_of_its_expression_and_waited_for(
+    workplace: Path, monkeypatch, capsys
+):
+    """Once it is done, by whomever, there is nothing left to do."""
+    run = ["flow", "run", "nightly.yaml", "--tick-from-cron", "0 2 1 1 *", "--timezone"]
+    assert run_cli([*run, "Europe/Atlantis"]) == ExitCode.USER
+    assert run_cli([*run, "UTC", "--tick", TICKS[0]]) == ExitCode.USER
+    capsys.readouterr()
+    now = datetime.now(UTC)
+    year = now.year if now >= datetime(now.year, 1, 1, 1, tzinfo=UTC) else now.year - 1
+    folder = FlowFolder(workplace / "runs", "nightly", f"{year}0101T010000Z")  # 2:00 in Berlin
+    claim = folder.claim()
+    assert claim.take() is None
+
+    def another_finishes(_: float) -> None:
+        parts = Corpus("c", {}, 1, 1, 1, False), Candidate("r", 1, "w", None)
+        verdict = Verdict("promoted", "the first champion", 1.0, None)
+        result = FlowResult(folder.tick, *parts, verdict, "r", {})
+        folder.write("result.json", _as_json(result))
+        claim.give_back()
+
+    monkeypatch.setattr("jobs.flow.time.sleep", another_finishes)
+    assert run_cli([*run, "Europe/Berlin"]) == ExitCode.OK
+    said = capsys.readouterr().out
+    assert "is being run by process" in said
+    assert f"tick {folder.tick} is done already" in said
 
 
 def test_a_flow_is_the_same_from_its_own_yaml_and_from_anywhere(workplace: Path, monkeypatch):
