@@ -6,7 +6,12 @@ from jobs.cli_options import OrderedGroup, Root, console, json_option, root_opti
 from jobs.errors import UserError
 
 
-@click.group(cls=OrderedGroup)
+@click.group(
+    cls=OrderedGroup,
+    epilog="""\b
+Examples:
+  tvq flow run nightly.yaml""",
+)
 def flow() -> None:
     """Prepare, train, compare with the champion and promote, as one command."""
 

@@ -81,7 +81,7 @@ def show_command(location: str, root: Location, *, console: Console, as_json: bo
     store = open_store(root).child(f"flows/{flow.name}")
     names = {entry.name.split("/")[0] for entry in store.list() if "/" in entry.name}
     ticks = [(tick, FlowFolder(root, flow.name, tick)) for tick in sorted(names, reverse=True)]
-    champion = Stages(flow, root, store, console).champion()
+    champion = Stages(flow, root, console).champion()
     if as_json:
         console.json(
             {
@@ -93,7 +93,9 @@ def show_command(location: str, root: Location, *, console: Console, as_json: bo
         return
     console.line(f"flow      {flow.name}: prepare {' '.join(flow.prepare)}")
     console.line(f"          train {' '.join(flow.train)}, beginning from {flow.begin_from}")
-    where = f"{champion.run} at update {champion.update}" if champion else "none yet"
+    where = "none yet"
+    if champion:
+        where = f"version {champion.version}, {champion.run} at update {champion.update}"
     console.line(f"champion  {where}")
     if ticks:
         console.table(
@@ -128,7 +130,7 @@ def _run(flow: Flow, folder: FlowFolder, root: Location, console: Console) -> Fl
     if done := folder.read("result.json"):
         console.line(f"flow {flow.name}: tick {folder.tick} is done already")
         return _from_json(done)
-    stages = Stages(flow, root, folder.flow, console)
+    stages = Stages(flow, root, console)
     parent = ParentRun.of(flow.recipe(), root, f"{flow.name}-{folder.tick}", console.warning)
     seconds: dict[str, float] = {}
     status = "FAILED"
@@ -164,7 +166,7 @@ def _run(flow: Flow, folder: FlowFolder, root: Location, console: Console) -> Fl
             "judge",
             stages.judge_key(corpus, candidate, champion),
             Verdict,
-            lambda: stages.judge(corpus, candidate, champion),
+            lambda: stages.judge(candidate, champion),
         )
         parent.stage(
             "judge",

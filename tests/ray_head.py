@@ -63,11 +63,12 @@ def ray_head(folder: Path, *, token: str | None = None) -> Iterator[RayHead]:
         yield RayHead(url, environment, str(folder))
     finally:
         # Its processes are in its process group; the dashboard's agents outlive the head.
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(head.pid, signal.SIGTERM)
             head.wait(30)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGKILL)
+        head.wait(30)
 
 
 def _wait_until_it_answers(url: str, head: subprocess.Popen) -> None:

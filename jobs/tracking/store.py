@@ -58,6 +58,7 @@ def load() -> None:
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_CONFIGURE_LOGGING", "false"),
         ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
         # The tracker retries by itself, for as long as it takes; a call should soon be over.
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
