@@ -3,9 +3,15 @@
 import click
 
 from jobs.cli_options import OrderedGroup, Root, console, json_option, root_option
+from jobs.errors import UserError
 
 
-@click.group(cls=OrderedGroup)
+@click.group(
+    cls=OrderedGroup,
+    epilog="""\b
+Examples:
+  tvq flow run nightly.yaml""",
+)
 def flow() -> None:
     """Prepare, train, compare with the champion and promote, as one command."""
 
@@ -15,6 +21,7 @@ def flow() -> None:
 Examples:
   tvq flow run nightly.yaml
   tvq flow run nightly.yaml --tick 20260329T010000Z
+  tvq flow run nightly.yaml --tick-from-cron "0 2 * * *" --timezone Europe/Berlin
 
 \b
 nightly.yaml:
@@ -25,17 +32,30 @@ nightly.yaml:
 )
 @click.argument("flow")
 @click.option("--tick", metavar="TICK", help="UTC instant that it is run for; default: now.")
+@click.option(
+    "--tick-from-cron", "cron", metavar="EXPRESSION",
+    help="For the newest tick of this expression: the command of a cluster's own cron.",
+)  # fmt: skip
+@click.option("--timezone", default="UTC", show_default=True, help="That EXPRESSION is read in.")
 @root_option
 @json_option
-def run(flow: str, tick: str | None, root: Root, as_json: bool) -> None:
+def run(
+    flow: str, tick: str | None, cron: str | None, timezone: str, root: Root, as_json: bool
+) -> None:
     """Run FLOW once: what is new is prepared, a model trained, the better one kept.
 
     The same command goes on where it was, whatever ended it; a stage whose inputs are the same is
-    not done again.
+    not done again. With --tick-from-cron a tick that another process runs is waited for.
     """
-    from jobs.flow import run_command
+    from jobs.flow import run_command, run_newest_command
 
-    run_command(flow, tick, root, console=console(as_json), as_json=as_json)
+    out = console(as_json)
+    if cron is None:
+        run_command(flow, tick, root, console=out, as_json=as_json)
+    elif tick is None:
+        run_newest_command(flow, cron, timezone, root, console=out, as_json=as_json)
+    else:
+        raise UserError("--tick-from-cron: says which tick it is; leave --tick out")
 
 
 @flow.command(

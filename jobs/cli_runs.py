@@ -7,7 +7,12 @@ import click
 from jobs.cli_options import OrderedGroup, Root, console, json_option, root_option
 
 
-@click.group(cls=OrderedGroup)
+@click.group(
+    cls=OrderedGroup,
+    epilog="""\b
+Examples:
+  tvq checkpoints list tiny""",
+)
 def checkpoints() -> None:
     """List, verify, keep and remove the checkpoints of a run."""
 

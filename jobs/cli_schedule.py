@@ -1,14 +1,31 @@
 """The commands of `tvq` about what runs by itself, again and again."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobs.cli_options import OrderedGroup, Root, console, json_option, root_option
+from jobs.cli_submit import request_options
+from jobs.errors import UserError
+
+if TYPE_CHECKING:
+    from jobs.submit import Request
+
+address_option = click.option(
+    "--address",
+    metavar="URL",
+    help="Run the flows as jobs of the Ray cluster with this dashboard; default: processes here.",
+)
 
 
-@click.group(cls=OrderedGroup)
+@click.group(
+    cls=OrderedGroup,
+    epilog="""\b
+Examples:
+  tvq schedule add nightly.yaml --cron "0 2 * * *" --timezone Europe/Berlin
+  tvq schedule serve""",
+)
 def schedule() -> None:
     """Run a flow every night, or whenever: once a tick, whatever happens."""
 
@@ -170,10 +187,23 @@ def remove(name: str, root: Root) -> None:
     epilog="""\b
 Examples:
   tvq schedule serve
-  tvq schedule serve --root gs://bucket/runs"""
+  tvq schedule serve --root gs://bucket/runs --metrics-port 9464
+  tvq schedule serve --root gs://bucket/runs --address http://head:8265"""
 )
+@address_option
+@request_options
+@click.option(
+    "--metrics-port", type=click.IntRange(1, 65535),
+    help="Answer Prometheus there, at /metrics: tvq_missed_ticks of each schedule.",
+)  # fmt: skip
+@click.option(
+    "--metrics-host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
+    help="Of this machine, for --metrics-port; 0.0.0.0 for all that it has.",
+)  # fmt: skip
 @root_option
-def serve(root: Root) -> None:
+def serve(
+    metrics_port: int | None, metrics_host: str, root: Root, address: str | None, **options: Any
+) -> None:
     """See to all schedules under the root, until Ctrl-C.
 
     Several daemons may serve the same schedules, on one machine or many: each tick is run by one
@@ -181,7 +211,13 @@ def serve(root: Root) -> None:
     """
     from jobs.schedule_daemon import serve_command
 
-    serve_command(root, console=console())
+    serve_command(
+        root,
+        request=_request(address, options),
+        metrics_host=metrics_host,
+        metrics_port=metrics_port,
+        console=console(),
+    )
 
 
 @schedule.command(
@@ -190,8 +226,10 @@ Examples:
   tvq schedule tick nightly                 as the command of a CronJob of the cluster"""
 )
 @click.argument("name")
+@address_option
+@request_options
 @root_option
-def tick(name: str, root: Root) -> None:
+def tick(name: str, root: Root, address: str | None, **options: Any) -> None:
     """Run what is due of NAME and end with it: for a cluster's own cron.
 
     Which tick that is follows from the expression, not from the time at which this is called; a
@@ -199,7 +237,7 @@ def tick(name: str, root: Root) -> None:
     """
     from jobs.schedule_daemon import tick_command
 
-    tick_command(root, name, console=console())
+    tick_command(root, name, request=_request(address, options), console=console())
 
 
 @schedule.command(hidden=True)
@@ -209,3 +247,14 @@ def supervise(folder: Path) -> None:
     from jobs.launchers import supervise as run_supervisor
 
     run_supervisor(folder)
+
+
+def _request(address: str | None, options: dict[str, Any]) -> "Request | None":
+    """The cluster that is to run the flows; None for this machine."""
+    if address is not None:
+        from jobs.submit import Request
+
+        return Request(address, **options)
+    if any(options.values()):
+        raise UserError("--shared, --env, --secret, --driver-...: are of jobs; give --address too")
+    return None

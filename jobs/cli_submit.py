@@ -1,12 +1,15 @@
 """The commands of `tvq` that have a Ray cluster do the work."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from jobs.cli_options import OrderedGroup, Root, console, json_option, root_option
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 address_option = click.option(
     "--address",
@@ -15,6 +18,37 @@ address_option = click.option(
     metavar="URL",
     help="Of the cluster's dashboard, http://HOST:8265 (or set TVQ_RAY_JOBS).",
 )
+
+
+def request_options(command: Command) -> Command:
+    """The options of what a job is given, by the names of the fields of jobs.submit.Request."""
+    for option in (
+        click.option(
+            "--driver-resource", "resources", multiple=True, metavar="NAME=AMOUNT",
+            help="Run the driver on a node that has this resource; may be repeated.",
+        ),
+        click.option(
+            "--driver-cpus", "cpus", type=click.FloatRange(0), default=0, show_default=True,
+            help="CPUs to reserve for the driver, which computes nothing.",
+        ),
+        click.option(
+            "--secret", "secrets", multiple=True, metavar="NAME",
+            help="The cluster has this variable set; without it the job ends at once; may be"
+            " repeated.",
+        ),
+        click.option(
+            "--env", "variables", multiple=True, metavar="NAME[=VALUE]",
+            help="Of the job's environment, which Ray shows to all who see its jobs; may be"
+            " repeated.",
+        ),
+        click.option(
+            "--shared", multiple=True, type=click.Path(path_type=Path), metavar="FOLDER",
+            help="All machines of the cluster have this folder under the same path; may be"
+            " repeated.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 @click.command(
@@ -28,26 +62,7 @@ Examples:
 @click.argument("overrides", nargs=-1)
 @click.option("--run", "name", help="Name of the run; default: the recipe's.")
 @address_option
-@click.option(
-    "--shared", multiple=True, type=click.Path(path_type=Path), metavar="FOLDER",
-    help="All machines of the cluster have this folder under the same path; may be repeated.",
-)  # fmt: skip
-@click.option(
-    "--env", "variables", multiple=True, metavar="NAME[=VALUE]",
-    help="Of the job's environment, which Ray shows to all who see its jobs; may be repeated.",
-)  # fmt: skip
-@click.option(
-    "--secret", "secrets", multiple=True, metavar="NAME",
-    help="The cluster has this variable set; without it the job ends at once; may be repeated.",
-)  # fmt: skip
-@click.option(
-    "--driver-cpus", "cpus", type=click.FloatRange(0), default=0, show_default=True,
-    help="CPUs to reserve for the driver, which computes nothing.",
-)  # fmt: skip
-@click.option(
-    "--driver-resource", "resources", multiple=True, metavar="NAME=AMOUNT",
-    help="Run the driver on a node that has this resource; may be repeated.",
-)  # fmt: skip
+@request_options
 @click.option("--detach", is_flag=True, help="Do not follow the job's output.")
 @click.option("--dry-run", "dry", is_flag=True, help="Show what would be sent, and send nothing.")
 @root_option

@@ -10,12 +10,17 @@ from jobs.errors import ExitCode, UserError
 from jobs.flow_file import Flow, load_flow
 from jobs.flow_folder import FlowFolder, unfinished_tick
 from jobs.flow_stages import Candidate, Champion, Corpus, Stages, Verdict
-from jobs.ticks import tick_id
+from jobs.ticks import Cron, tick_id
 from jobs.tracking.parent_run import ParentRun
 from pipeline.storage import Location
 
 _RENEW_SECONDS = 5.0
+_WAIT_SECONDS = 5.0
 Output = TypeVar("Output", Corpus, Candidate, Verdict)
+
+
+class TickBusyError(UserError):
+    """Another process runs the flow at this tick."""
 
 
 class FlowResult(NamedTuple):
@@ -42,6 +47,32 @@ def run_command(
         console.json(_as_json(result))
 
 
+def run_newest_command(
+    location: str, cron: str, timezone: str, root: Location, *, console: Console, as_json: bool
+) -> None:
+    """Runs a flow at the newest tick of a cron expression, or waits until somebody has.
+
+    A cluster's cron may fire late or twice, and a daemon may serve the same flow: the tick follows
+    from the expression, and its claim is that of every `run_flow`. It is waited for, since a
+    process that is gone, on another machine, holds it until its lease expires.
+    """
+    flow = load_flow(location)
+    tick = tick_id(Cron.parse(cron, timezone).latest(datetime.now(UTC)))
+    waits = False
+    while True:
+        try:
+            result = run_flow(flow, tick, root, console)
+        except TickBusyError as error:
+            if not waits:
+                console.line(str(error))
+            waits = True
+            time.sleep(_WAIT_SECONDS)
+        else:
+            break
+    if as_json:
+        console.json(_as_json(result))
+
+
 def show_command(location: str, root: Location, *, console: Console, as_json: bool) -> None:
     """What the flow is, and what it did."""
     from pipeline.storage import open_store
@@ -50,7 +81,7 @@ def show_command(location: str, root: Location, *, console: Console, as_json: bo
     store = open_store(root).child(f"flows/{flow.name}")
     names = {entry.name.split("/")[0] for entry in store.list() if "/" in entry.name}
     ticks = [(tick, FlowFolder(root, flow.name, tick)) for tick in sorted(names, reverse=True)]
-    champion = Stages(flow, root, store, console).champion()
+    champion = Stages(flow, root, console).champion()
     if as_json:
         console.json(
             {
@@ -62,7 +93,9 @@ def show_command(location: str, root: Location, *, console: Console, as_json: bo
         return
     console.line(f"flow      {flow.name}: prepare {' '.join(flow.prepare)}")
     console.line(f"          train {' '.join(flow.train)}, beginning from {flow.begin_from}")
-    where = f"{champion.run} at update {champion.update}" if champion else "none yet"
+    where = "none yet"
+    if champion:
+        where = f"version {champion.version}, {champion.run} at update {champion.update}"
     console.line(f"champion  {where}")
     if ticks:
         console.table(
@@ -75,13 +108,13 @@ def run_flow(flow: Flow, tick: str, root: Location, console: Console) -> FlowRes
     """Runs what of the flow is not done yet at this tick.
 
     Raises:
-        UserError: a stage failed, saying which, or another process runs this flow at this tick.
-            The same command goes on where it was.
+        TickBusyError: another process runs this flow at this tick.
+        UserError: a stage failed, saying which. The same command goes on where it was.
     """
     folder = FlowFolder(root, flow.name, tick)
     claim = folder.claim()
     if holder := claim.take():
-        raise UserError(
+        raise TickBusyError(
             f"flow {flow.name}: tick {tick} is being run by process {holder.pid} on {holder.host};"
             " wait for it",
             ExitCode.BUSY,
@@ -97,7 +130,7 @@ def _run(flow: Flow, folder: FlowFolder, root: Location, console: Console) -> Fl
     if done := folder.read("result.json"):
         console.line(f"flow {flow.name}: tick {folder.tick} is done already")
         return _from_json(done)
-    stages = Stages(flow, root, folder.flow, console)
+    stages = Stages(flow, root, console)
     parent = ParentRun.of(flow.recipe(), root, f"{flow.name}-{folder.tick}", console.warning)
     seconds: dict[str, float] = {}
     status = "FAILED"
@@ -133,7 +166,7 @@ def _run(flow: Flow, folder: FlowFolder, root: Location, console: Console) -> Fl
             "judge",
             stages.judge_key(corpus, candidate, champion),
             Verdict,
-            lambda: stages.judge(corpus, candidate, champion),
+            lambda: stages.judge(candidate, champion),
         )
         parent.stage(
             "judge",

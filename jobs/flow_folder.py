@@ -1,7 +1,6 @@
 """What a flow has done at a tick, in the store that the runs lie in.
 
-<root>/flows/<name>/champion.json        the run that is to be beaten
-                    <tick>/lease.json    who runs it (jobs/claims.py)
+<root>/flows/<name>/<tick>/lease.json    who runs it (jobs/claims.py)
                            pinned.json   the champion that this tick compares with
                            <stage>.json  a stage that is done: the key of its inputs, its output
                            result.json   the whole is done
@@ -26,8 +25,7 @@ class FlowFolder:
         if not _TICK.fullmatch(tick):
             raise UserError(f"tick {tick!r}: expected a UTC instant such as 20260329T010000Z")
         self.tick = tick
-        self.flow: Store = open_store(root).child(f"flows/{name}")
-        self.store: Store = self.flow.child(tick)
+        self.store: Store = open_store(root).child(f"flows/{name}/{tick}")
 
     def claim(self) -> Claim:
         """The right to run it."""

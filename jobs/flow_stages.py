@@ -7,26 +7,28 @@ with its shards, a training with its newest checkpoint, an evaluation is read wh
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from jobs.console import Console
-from jobs.errors import UserError
 from jobs.flow_file import Flow
 from jobs.run_directory import RunDirectory
-from pipeline.storage import Location, Store
+from pipeline.storage import Location
 
 
 class Champion(NamedTuple):
-    """The checkpoint that is to be beaten."""
+    """The version of the flow's model that is to be beaten."""
 
+    version: int
     run: str
-    """Path or URL."""
+    """Path or URL of the run that it was trained in."""
     update: int
+    file: str
+    """Path or URL of its weights, which no retention touches."""
     weights: str
     """Hash of its arrays."""
     identity: str
-    """Of the flow's recipe that it was trained by."""
+    """Of the recipe that it was trained by, wherever that training began."""
     trained_on: str
     """Fingerprint of the train split."""
 
@@ -78,16 +80,29 @@ class Stages:
 
     flow: Flow
     root: Location
-    store: Store
-    """The flow's folder, in which the champion is noted."""
     console: Console
 
     def champion(self) -> Champion | None:
-        """Who is to be beaten now."""
-        try:
-            return Champion(**json.loads(self.store.read("champion.json")))
-        except FileNotFoundError:
+        """Who is to be beaten now: the champion of the model that is named as the flow."""
+        from jobs import recipe as recipes
+        from jobs import registry
+        from jobs.registered_model import ModelFolder
+
+        version = registry.champion(self.root, self.flow.name)
+        if version is None:
             return None
+        folder = ModelFolder(self.root, self.flow.name)
+        recipe = folder.recipe(version.version)
+        recipe = replace(recipe, training=replace(recipe.training, init_from=None))
+        return Champion(
+            version=version.version,
+            run=version.run_location,
+            update=version.update,
+            file=folder.weights(version.version),
+            weights=_key(version.sums),
+            identity=recipes.identity(recipe),
+            trained_on=version.fingerprints["train"],
+        )
 
     def prepare(self) -> Corpus:
         """The corpus with what is new: an increment of train, validation and test as they were."""
@@ -132,7 +147,7 @@ class Stages:
             return Candidate(champion.run, champion.update, champion.weights, None)
         begin = None
         if champion and self.flow.begin_from == "champion":
-            begin = f"{champion.run}@{champion.update}"
+            begin = champion.file
         name = f"{self.flow.name}-{key[:10]}"
         trained = train(self.flow.recipe(begin), root=self.root, name=name, console=self.console)
         record = trained.run.record()
@@ -155,97 +170,54 @@ class Stages:
             self.flow.min_delta,
         )
 
-    def judge(self, corpus: Corpus, candidate: Candidate, champion: Champion | None) -> Verdict:
-        """Evaluates both on the frozen validation split; the better one is champion afterwards."""
-        from jobs.evaluate import evaluate_run
+    def judge(self, candidate: Candidate, champion: Champion | None) -> Verdict:
+        """Registers the candidate and promotes it if it is better on the validation split."""
+        from jobs import registry
 
-        ours = evaluate_run(
-            RunDirectory(candidate.run),
-            "validation",
-            update=candidate.update,
-            reuse=True,
+        def bits_per_byte(version: int) -> float:
+            return registry.scored(self.root, name, version, self.console).bits_per_byte
+
+        name = self.flow.name
+        if champion and champion.weights == candidate.weights:
+            why = "the candidate is the champion: nothing is new since it was trained"
+            bits = bits_per_byte(champion.version)
+            return Verdict("inconclusive", why, bits, bits)
+        registered = registry.register(RunDirectory(candidate.run), name, update=candidate.update)
+        version = registered.version.version
+        promotion = registry.promote(
+            self.root,
+            name,
+            version=version,
+            metric=self.flow.metric,
+            min_delta=self.flow.min_delta,
             console=self.console,
         )
-        if champion is None:
-            verdict = Verdict("promoted", "the first champion", ours.bits_per_byte, None)
-        elif champion.weights == candidate.weights:
-            why = "the candidate is the champion: nothing is new since it was trained"
-            return Verdict("inconclusive", why, ours.bits_per_byte, ours.bits_per_byte)
-        else:
-            try:
-                theirs = evaluate_run(
-                    RunDirectory(champion.run),
-                    "validation",
-                    update=champion.update,
-                    reuse=True,
-                    console=self.console,
-                )
-            except UserError as error:  # gone, or trained beside another validation split
-                why = (
-                    f"the champion cannot be evaluated on this text ({error}); remove"
-                    f" {self.store.location}/champion.json to begin anew"
-                )
-                return Verdict("refused", why, ours.bits_per_byte, None)
-            verdict = _decide(ours, theirs, self.flow)
-        if verdict.outcome == "promoted":
-            self._crown(corpus, candidate)
-        return verdict
+        why, theirs = promotion.why, None
+        if promotion.outcome == "refused":
+            why += "; a flow of another name begins anew"
+        elif champion:
+            theirs = bits_per_byte(champion.version)
+        return Verdict(
+            promotion.outcome,
+            why,
+            bits_per_byte(version),
+            theirs,
+            promotion.difference,
+            promotion.low,
+            promotion.high,
+        )
 
     def _identity(self) -> str:
         from jobs import recipe as recipes
 
         return recipes.identity(recipes.resolve(self.flow.recipe()))
 
-    def _crown(self, corpus: Corpus, candidate: Candidate) -> None:
-        from jobs.checkpoint_manifest import pin
-
-        run = RunDirectory(candidate.run)
-        pin(run, candidate.update, True)  # no retention takes the champion away
-        champion = Champion(
-            run=candidate.run,
-            update=candidate.update,
-            weights=candidate.weights,
-            identity=self._identity(),
-            trained_on=corpus.fingerprints["train"],
-        )
-        text = json.dumps(champion._asdict(), indent=2) + "\n"
-        self.store.write("champion.json", text.encode())
-
-
-def _decide(ours: Any, theirs: Any, flow: Flow) -> Verdict:
-    """Promoted if the whole 95% interval of the paired difference is below -min_delta."""
-    import math
-
-    import numpy as np
-
-    from jobs.bootstrap import interval
-
-    bits = (ours.bits_per_byte, theirs.bits_per_byte)
-    if not np.array_equal(ours.blocks.n_tokens, theirs.blocks.n_tokens):
-        return Verdict("refused", "the two count the targets of the split differently", *bits)
-    if flow.metric == "eval/bits_per_byte":
-        unit, denominators = math.log(2), ours.blocks.n_bytes
-    else:
-        unit, denominators = 1.0, ours.blocks.n_tokens
-    numerators = (ours.blocks.nats - theirs.blocks.nats) / unit
-    difference = float(numerators.sum() / denominators.sum())
-    bounds = interval(numerators, denominators)
-    if bounds is None:
-        why = f"{flow.metric} {difference:+.4f}, but {len(numerators)} items are too few to tell"
-        return Verdict("inconclusive", why, *bits, difference)
-    low, high = bounds
-    outcome = "promoted" if high < -flow.min_delta else "worse" if low > 0 else "inconclusive"
-    why = (
-        f"{flow.metric} {difference:+.4f} (95% of {low:+.4f} to {high:+.4f}, paired over"
-        f" {len(numerators)} {ours.blocks.kind})"
-    )
-    return Verdict(outcome, why, *bits, difference, low, high)
-
 
 def _weights(run: RunDirectory, update: int) -> str:
     from jobs.checkpoint_manifest import manifest_of
+    from jobs.init_from import network_sums
 
-    return _key(manifest_of(run, update).sums)
+    return _key(network_sums(manifest_of(run, update).sums))
 
 
 def _key(*parts: Any) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.bootstrap import LEAST, interval
+from jobs.units import NATS_PER_BIT
 
 METRICS = ("eval/bits_per_byte", "eval/loss_nats_per_token")
 """What may decide: figures of the validation split. The test split never does."""
@@ -28,6 +29,11 @@ class Scored(NamedTuple):
     n_bytes: npt.NDArray[np.int64]
     items: str = "documents"
     """What the items are, in words."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the split as a whole."""
+        return float(self.nats.sum() / self.n_bytes.sum()) / NATS_PER_BIT
 
 
 class Decision(NamedTuple):

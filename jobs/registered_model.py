@@ -14,13 +14,17 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from jobs import recipe as recipes
 from jobs.errors import UserError
 from jobs.lease import Lease
+from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
 from pipeline.storage import Location, Store, open_store
 
 FORMAT_VERSION = 1
 RECORD = "model.json"
+CONTENTS = "artifacts/model"
+"""Of a version's weights, recipe and tokenizer, in its folder."""
 FOLDER = "models"
 """Of the registered models, beside the runs."""
 CHAMPION = "champion"
@@ -113,6 +117,22 @@ class ModelFolder:
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{where}: damaged ({error!r}); register the run again") from None
+
+    def weights(self, version: int) -> str:
+        """Path or URL of a version's weights, a file that `training.init_from` takes."""
+        return f"{self.version_store(version).location}/{CONTENTS}/weights.safetensors"
+
+    def recipe(self, version: int) -> Recipe:
+        """What a version was trained by. Raises UserError if it is damaged."""
+        name = f"{CONTENTS}/recipe.yaml"
+        try:
+            text = self.version_store(version).read(name).decode()
+        except FileNotFoundError:
+            raise UserError(
+                f"model {self.name}: version {version} has no {name} any more; register its run"
+                " again"
+            ) from None
+        return recipes.from_yaml(text, f"the recipe of version {version} of model {self.name}")
 
     def abandoned(self) -> list[int]:
         """Numbers of folders without a record: what killed registrations left."""

@@ -19,7 +19,7 @@ from jobs.errors import UserError
 from jobs.init_from import network_sums
 from jobs.promotion import METRICS, Decision, Outcome, Scored, decide
 from jobs.provenance import noted_starts
-from jobs.registered_model import CHAMPION, FORMAT_VERSION, ModelFolder, ModelVersion
+from jobs.registered_model import CHAMPION, CONTENTS, FORMAT_VERSION, ModelFolder, ModelVersion
 from jobs.run_directory import RunDirectory, RunRecord
 from model.counts import parameter_count
 from pipeline.manifest import Manifest, tokenizer_of
@@ -164,6 +164,29 @@ def promote(
     )
 
 
+def champion(root: Location, name: str) -> ModelVersion | None:
+    """The version that has the alias; None if none has it, or there is no such model yet.
+
+    Raises:
+        UserError: MLflow or the store does not answer.
+    """
+    from jobs.tracking import registry as mlflow_registry
+
+    folder = ModelFolder(root, name)
+    versions = folder.versions()
+    if not versions:
+        return None
+    uri = _tracking_uri(versions[-1].tracking_uri, root)
+    number = mlflow_registry.aliased(uri, name, CHAMPION)
+    return None if number is None else folder.version(number)
+
+
+def scored(root: Location, name: str, version: int, console: Console) -> Scored:
+    """A version on its validation split: as scored before, or now."""
+    folder = ModelFolder(root, name)
+    return _scored(folder, folder.version(version), console)
+
+
 def _compared(
     folder: ModelFolder,
     candidate: ModelVersion,
@@ -214,7 +237,7 @@ def _evaluable(folder: ModelFolder, version: ModelVersion) -> Iterator[RunDirect
     with tempfile.TemporaryDirectory(prefix="tvq.") as temporary:
         file = Path(temporary, WEIGHTS)
         store = folder.version_store(version.version)
-        file.write_bytes(store.read(f"artifacts/model/{WEIGHTS}"))
+        file.write_bytes(store.read(f"{CONTENTS}/{WEIGHTS}"))
         network, exported = read_network(file)
         copy = RunDirectory.at(Path(temporary), "registered")
         save_as_run(

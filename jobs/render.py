@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -13,11 +12,13 @@ from jobs import recipe as recipes
 from jobs.compose_settings import compose_settings
 from jobs.console import Console
 from jobs.errors import UserError
+from jobs.flow_file import load_flow
 from jobs.kuberay import Job, Tick, cron_job, ray_cluster, ray_cron_job, ray_job
 from jobs.manifest_yaml import dump_manifests
 from jobs.ray_up import ray_up
 from jobs.recipe import Recipe
-from jobs.recipe_yaml import dump_yaml, parse_sections
+from jobs.recipe_yaml import dump_yaml, named_recipes
+from jobs.ticks import Cron
 from pipeline.storage import is_url
 
 INFRA = Path(__file__).resolve().parents[1] / "infra"
@@ -123,19 +124,17 @@ def _scheduled(
             f"{overrides[0]}: a flow's recipe is in its file; write the override behind `train:`"
             f" in {file}"
         )
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    flow = load_flow(file)
+    Cron.parse(cron, timezone)  # refuses what is no expression
+    name, *rest = flow.train
+    if name not in named_recipes():
         raise UserError(
-            f"flow {file}: cannot be read ({error}); --for {target} takes a flow's file"
-        ) from None
-    tree = parse_sections(text, f"flow {file}")
-    train = tree.get("train")
-    if not isinstance(train, str) or not train.split():
-        raise UserError(f"flow {file}: train: expected a recipe and overrides, got {train!r}")
-    recipe, *rest = shlex.split(train)
-    flow_name = str(tree.get("name", Path(file).stem))
-    return Tick(flow_name, text, " ".join(fields), timezone), recipe, tuple(rest)
+            f"flow {flow.name}: train: {name} is a file of this machine, which the pods do"
+            " not see; name one of tvq's recipes and write what differs behind it"
+        )
+    # With its name: a daemon that serves the same flow must find the same ticks.
+    tick = Tick(flow.name, flow.to_yaml(), " ".join(fields), timezone)
+    return tick, name, (*rest, f"data.corpus={flow.corpus}")
 
 
 def _checked_name(name: str) -> str:
@@ -171,7 +170,7 @@ def _check(recipe: Recipe, target: str) -> None:
     corpora = recipe.data.corpora
     if target in ("kuberay", "compose") and not corpora:
         raise UserError("data.corpus: no corpus given; add data.corpus=gs://BUCKET/corpora/NAME")
-    if target == "kuberay":
+    if target in ("kuberay", *SCHEDULED):
         for corpus in corpora:
             if not is_url(corpus):
                 raise UserError(

@@ -81,6 +81,8 @@ class Result:
     """One line: why."""
     since: str | None = None
     """Of a missed tick: the first of those, up to it, that were missed with it."""
+    missed: int = 0
+    """How many ticks that are, itself included; 0 of one that was not missed."""
     alert: Literal["failure", "recovery"] | None = None
     """What is to be told of it."""
 

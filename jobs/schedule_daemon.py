@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.console import Console
+from jobs.daemon_metrics import DaemonMetrics
 from jobs.errors import ExitCode, UserError
 from jobs.flow_folder import flow_state
 from jobs.launchers import LocalLauncher
+from jobs.ray_launcher import RayLauncher
 from jobs.schedule import ScheduleFolder
 from jobs.scheduler import Scheduler
+from jobs.submit import Request
 from pipeline.storage import LocalStore, Location, open_store
 
 _LOOK_SECONDS = 1.0
@@ -23,26 +26,46 @@ _LOOK_SECONDS_IN_A_BUCKET = 10.0
 """A look is two requests a schedule: 17,000 a day."""
 
 
-def serve_command(root: Location, *, console: Console) -> None:
-    """Sees to all schedules until Ctrl-C or SIGTERM."""
-    scheduler = _scheduler(root, console)
+def serve_command(
+    root: Location,
+    *,
+    request: Request | None,
+    metrics_host: str,
+    metrics_port: int | None,
+    console: Console,
+) -> None:
+    """Sees to all schedules until Ctrl-C or SIGTERM.
+
+    Args:
+        root: folder of the runs and schedules.
+        request: the cluster that runs the flows; None: this machine does.
+        metrics_host: address that Prometheus is answered at.
+        metrics_port: port of that; None: it is not answered.
+        console: says what happens.
+    """
+    scheduler = _scheduler(root, request, console)
+    metrics = None if metrics_port is None else DaemonMetrics(metrics_host, metrics_port)
     console.line(f"serving the schedules under {open_store(root).location}; Ctrl-C ends it")
     with _told_to_stop() as stop:
         while not stop.is_set():
             due = scheduler.step()
+            if metrics:
+                metrics.show(scheduler.missed)
             stop.wait(max(0.05, min(_pause(root, scheduler), due - time.time())))
     scheduler.let_go()
+    if metrics:
+        metrics.close()
     console.line("stopped; what was launched goes on, and the next daemon sees to it")
 
 
-def tick_command(root: Location, name: str, *, console: Console) -> None:
+def tick_command(root: Location, name: str, *, request: Request | None, console: Console) -> None:
     """Sees to what is due of one schedule, and ends when that is done.
 
     Raises:
         UserError: there is no such schedule, or what was run did not succeed.
     """
     ScheduleFolder.existing(root, name)
-    scheduler = _scheduler(root, console)
+    scheduler = _scheduler(root, request, console)
     seen: set[str] = set()
     with _told_to_stop() as stop:
         while not stop.is_set():
@@ -62,22 +85,25 @@ def tick_command(root: Location, name: str, *, console: Console) -> None:
         console.line(f"schedule {name}: nothing is due that is not seen to already")
 
 
-def _scheduler(root: Location, console: Console) -> Scheduler:
+def _scheduler(root: Location, request: Request | None, console: Console) -> Scheduler:
+    location = open_store(root).location
+    return Scheduler(
+        location,
+        _local_launcher(root) if request is None else RayLauncher(request, root),
+        run_state=lambda name, tick: flow_state(location, name, tick),
+        say=console.line,
+        warn=console.warning,
+    )
+
+
+def _local_launcher(root: Location) -> LocalLauncher:
     store = open_store(root)
     launches = (
         store.root / "launches"
         if isinstance(store, LocalStore)
         else Path(os.environ.get("XDG_STATE_HOME", "~/.local/state")).expanduser() / "tvq/launches"
     )
-    location = store.location
-
-    return Scheduler(
-        location,
-        LocalLauncher(launches),
-        run_state=lambda name, tick: flow_state(location, name, tick),
-        say=console.line,
-        warn=console.warning,
-    )
+    return LocalLauncher(launches)
 
 
 def _pause(root: Location, scheduler: Scheduler) -> float:

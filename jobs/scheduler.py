@@ -94,12 +94,13 @@ class Scheduler:
         self._warn = warn
         self._held: dict[_Key, Claim] = {}
         self._renewed: dict[_Key, float] = {}
-        self._closed: dict[_Key, Outcome] = {}
+        self._closed: dict[_Key, Result] = {}
         """Ticks that nothing is left to do about: their results are read once."""
         self._failed: dict[str, float] = {}
         """When a submission was first seen to have failed."""
         self._deliveries = alerts.Deliveries(clock, warn)
         self._warned: dict[str, str] = {}
+        self._served: list[str] = []
 
     def step(self, only: str | None = None) -> float:
         """One look at all schedules, or at one; returns the Unix time of the next tick.
@@ -107,7 +108,9 @@ class Scheduler:
         Infinite where none is due any more.
         """
         soonest = math.inf
-        for folder in list_schedules(self._root):
+        folders = list_schedules(self._root)
+        self._served = [folder.name for folder in folders]
+        for folder in folders:
             if only not in (None, folder.name):
                 continue
             try:
@@ -128,7 +131,24 @@ class Scheduler:
     @property
     def outcomes(self) -> dict[tuple[str, str], Outcome]:
         """What came of the ticks that this daemon knows of, by schedule and tick."""
-        return {(key.schedule, key.tick): outcome for key, outcome in self._closed.items()}
+        return {(key.schedule, key.tick): found.outcome for key, found in self._closed.items()}
+
+    @property
+    def missed(self) -> dict[str, int]:
+        """Of each schedule, how many ticks were missed since one was last run to its end.
+
+        Read from what came of the ticks that are kept, so that a daemon which comes back after a
+        night, and notes what it slept through in its first look, says so.
+        """
+        counts = dict.fromkeys(self._served, 0)
+        ended: set[str] = set()
+        for key, result in sorted(self._closed.items(), reverse=True):
+            if key.schedule not in counts or key.schedule in ended:
+                continue
+            if result.outcome in ("succeeded", "failed"):
+                ended.add(key.schedule)
+            counts[key.schedule] += result.missed if key.schedule not in ended else 0
+        return counts
 
     def let_go(self) -> None:
         """The daemon ends: others may take over at once. What it launched goes on."""
@@ -193,7 +213,8 @@ class Scheduler:
         look.ticks.append(tick)
         if self._is_mine(look.folder, tick):
             detail = f"{len(missed):,} ticks, no daemon saw to them"
-            self._settle(look, tick, "missed", detail, since=tick_id(missed[0]))
+            since = tick_id(missed[0])
+            self._settle(look, tick, "missed", detail, since=since, missed=len(missed))
         missed.clear()
 
     def _is_mine(self, folder: ScheduleFolder, tick: Tick) -> bool:
@@ -226,7 +247,7 @@ class Scheduler:
         key = _Key(look.folder.name, tick.id)
         result = look.folder.result(tick.id) if tick.settled else None
         if result and (result.alert is None or "alerted.json" in tick.files):
-            self._close(key, result.outcome)
+            self._close(key, result)
             return
         if not self._keep_or_take(key, look.folder, tick):
             return
@@ -264,7 +285,7 @@ class Scheduler:
             return
         if late > look.schedule.misfire_seconds and "waiting.json" not in tick.files:
             detail = f"{late:.0f} s late, {look.schedule.misfire_seconds:.0f} s are allowed"
-            self._settle(look, tick, "missed", detail)
+            self._settle(look, tick, "missed", detail, missed=1)
             return
         others = [
             other
@@ -311,7 +332,10 @@ class Scheduler:
     def _follow(self, look: _Look, tick: Tick) -> None:
         now, attempt = self._clock(), tick.attempts
         submission = submission_id(look.schedule.name, tick.id, attempt)
-        state = self._launcher.state(submission) or self._run_state(look.schedule.name, tick.id)
+        state = self._launcher.state(submission)
+        if state not in ("running", "succeeded"):
+            # Launched by nobody, or only to find that another runs it: a cluster's own cron.
+            state = self._run_state(look.schedule.name, tick.id) or state
         replaced = "replaced.json" in tick.files
         passed = look.schedule.deadline_seconds is not None and (
             now - self._launched(look.folder, tick) > look.schedule.deadline_seconds
@@ -351,7 +375,13 @@ class Scheduler:
     # ---- What came of it -------------------------------------------------------------------------
 
     def _settle(
-        self, look: _Look, tick: Tick, outcome: Outcome, detail: str = "", since: str | None = None
+        self,
+        look: _Look,
+        tick: Tick,
+        outcome: Outcome,
+        detail: str = "",
+        since: str | None = None,
+        missed: int = 0,
     ) -> None:
         alert = None
         if look.schedule.alert and outcome in ("failed", "missed"):
@@ -362,7 +392,7 @@ class Scheduler:
             and self._before(look, tick) in ("failed", "missed")
         ):
             alert = "recovery"
-        result = Result(outcome, self._clock(), tick.attempts, detail, since, alert)
+        result = Result(outcome, self._clock(), tick.attempts, detail, since, missed, alert)
         if not look.folder.tick(tick.id).create("result.json", as_json(asdict(result))):
             return  # another daemon's stands; the next look reads it
         tick.files.add("result.json")
@@ -370,7 +400,7 @@ class Scheduler:
         if alert:
             self._alert(look, tick, result)
         else:
-            self._close(_Key(look.folder.name, tick.id), outcome)
+            self._close(_Key(look.folder.name, tick.id), result)
         look.folder.retire(look.ticks, look.schedule.history)
 
     def _before(self, look: _Look, tick: Tick) -> Outcome | None:
@@ -378,12 +408,9 @@ class Scheduler:
         for other in sorted(look.ticks, key=lambda other: other.id, reverse=True):
             if other.id < tick.id and other.settled:
                 key = _Key(look.folder.name, other.id)
-                if key not in self._closed and (result := look.folder.result(other.id)):
-                    outcome = result.outcome
-                else:
-                    outcome = self._closed.get(key)
-                if outcome in ("succeeded", "failed", "missed"):
-                    return outcome
+                result = self._closed.get(key) or look.folder.result(other.id)
+                if result and result.outcome in ("succeeded", "failed", "missed"):
+                    return result.outcome
         return None
 
     def _alert(self, look: _Look, tick: Tick, result: Result) -> None:
@@ -391,7 +418,7 @@ class Scheduler:
         event = self._event(look.schedule, tick, result)
         if hook is None or self._deliveries.deliver(hook, event, store):
             tick.files.add("alerted.json")
-            self._close(_Key(look.folder.name, tick.id), result.outcome)
+            self._close(_Key(look.folder.name, tick.id), result)
 
     def _event(self, schedule: Schedule, tick: Tick, result: Result) -> dict[str, object]:
         submission = submission_id(schedule.name, tick.id, max(1, result.attempts))
@@ -406,7 +433,7 @@ class Scheduler:
             "ended": datetime.fromtimestamp(result.ended, UTC).isoformat(),
         }
 
-    def _close(self, key: _Key, outcome: Outcome) -> None:
-        self._closed[key] = outcome
+    def _close(self, key: _Key, result: Result) -> None:
+        self._closed[key] = result
         self._held.pop(key, None)
         self._renewed.pop(key, None)

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|(^|_)KEY($|_)", re.IGNOR
 
 
 class Request(NamedTuple):
-    """What the command line asks for besides the recipe."""
+    """The cluster that a command line asks for, and what its jobs are given."""
 
     address: str
     """URL of the cluster's dashboard."""
@@ -50,6 +50,38 @@ class Request(NamedTuple):
     """That the driver reserves; it computes nothing."""
     resources: tuple[str, ...] = ()
     """NAME=AMOUNT that the driver reserves: where it is to run."""
+
+    def environment(self) -> dict[str, str]:
+        """The values of `variables`.
+
+        Raises:
+            UserError: one looks like a secret, or is not set here.
+        """
+        found = {}
+        for each in self.variables:
+            name, given, value = each.partition("=")
+            if _SECRET.search(name):
+                raise UserError(
+                    f"--env {name}: looks like a secret, and Ray shows a job's environment to all"
+                    f" who see its jobs; set {name} on the cluster and give --secret {name}"
+                )
+            if not given and name not in os.environ:
+                raise UserError(
+                    f"--env {name}: is not set here; set it, or give --env {name}=VALUE"
+                )
+            found[name] = value if given else os.environ[name]
+        return found
+
+    def driver_resources(self) -> dict[str, float]:
+        """The amounts of `resources` by name. Raises UserError for what is none."""
+        found = {}
+        for each in self.resources:
+            name, _, amount = each.partition("=")
+            try:
+                found[name] = float(amount)
+            except ValueError:
+                raise UserError(f"--driver-resource {each}: expected NAME=AMOUNT") from None
+        return found
 
 
 def submit_command(
@@ -72,7 +104,7 @@ def submit_command(
     """
     recipe, root = settled(recipes.load(recipe_name, overrides), root, request)
     RunDirectory.at(root, name)  # refuses what is no name
-    variables = _variables(request)
+    variables = request.environment()
     wheel = built_wheel()
     _show_upload(console, wheel, recipe, root, name, variables, request)
     if dry:
@@ -125,35 +157,15 @@ def settled(recipe: Recipe, root: Location, request: Request) -> tuple[Recipe, L
     Raises:
         UserError: a path that is neither in a bucket nor under a shared folder.
     """
-    local = urllib.parse.urlsplit(request.address).hostname in _LOOPBACK
-    shared = [path.absolute() for path in request.shared]
-
-    def seen(field: str, location: Location, bucket: str) -> str:
-        where = open_store(location).location
-        if is_url(where) or local or any(Path(where).is_relative_to(each) for each in shared):
-            return where
-        raise UserError(
-            f"{field}: {where} is on this machine, and the cluster at {request.address} does not"
-            f" see it; {bucket}, or say with --shared FOLDER that all its machines have that path"
-        )
-
     data = recipe.data
     copy = "copy it to gs://BUCKET/... and name that"
     if data.corpus is not None:
-        data = dataclasses.replace(data, corpus=seen("data.corpus", data.corpus, copy))
+        data = dataclasses.replace(data, corpus=seen(request, "data.corpus", data.corpus, copy))
     if data.mixture is not None:
-        mixture = {seen("data.mixture", path, copy): w for path, w in data.mixture.items()}
+        mixture = {seen(request, "data.mixture", path, copy): w for path, w in data.mixture.items()}
         data = dataclasses.replace(data, mixture=mixture)
-    uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri and "@" in uri.partition("://")[2].partition("/")[0]:
-        raise UserError(
-            "MLFLOW_TRACKING_URI: holds a password, which Ray would show to all who see its jobs;"
-            " leave it out and give --secret MLFLOW_TRACKING_USERNAME --secret"
-            " MLFLOW_TRACKING_PASSWORD"
-        )
-    if uri and not uri.startswith(("http://", "https://")):
-        seen("tracking.uri", uri.partition("://")[2] or uri, "give the URL of an MLflow server")
-    where = seen("--root", root, "give --root gs://BUCKET/runs")
+    uri = seen_tracking(request, recipe.tracking.uri)
+    where = seen_root(request, root)
     if not uri and is_url(where):
         raise UserError(
             f"tracking.uri: the runs lie in {where}, where MLflow cannot keep its SQLite file; give"
@@ -161,6 +173,78 @@ def settled(recipe: Recipe, root: Location, request: Request) -> tuple[Recipe, L
         )
     tracking = dataclasses.replace(recipe.tracking, uri=uri)
     return dataclasses.replace(recipe, data=data, tracking=tracking), where
+
+
+def seen(request: Request, field: str, location: Location, remedy: str) -> str:
+    """A location as the cluster is to be told it: absolute.
+
+    Raises:
+        UserError: it is on this machine, and the cluster does not see it.
+    """
+    where = open_store(location).location
+    local = urllib.parse.urlsplit(request.address).hostname in _LOOPBACK
+    shared = any(Path(where).is_relative_to(path.absolute()) for path in request.shared)
+    if is_url(where) or local or shared:
+        return where
+    raise UserError(
+        f"{field}: {where} is on this machine, and the cluster at {request.address} does not"
+        f" see it; {remedy}, or say with --shared FOLDER that all its machines have that path"
+    )
+
+
+def seen_root(request: Request, root: Location) -> str:
+    """The root as the cluster is to be told it. Raises UserError if it does not see it."""
+    return seen(request, "--root", root, "give --root gs://BUCKET/runs")
+
+
+def seen_tracking(request: Request, stated: str | None) -> str | None:
+    """The MLflow that a recipe states, else this environment's; None: a file beside the runs.
+
+    Raises:
+        UserError: it holds a password, or the cluster does not see it.
+    """
+    uri = stated or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri and "@" in uri.partition("://")[2].partition("/")[0]:
+        raise UserError(
+            "MLFLOW_TRACKING_URI: holds a password, which Ray would show to all who see its jobs;"
+            " leave it out and give --secret MLFLOW_TRACKING_USERNAME --secret"
+            " MLFLOW_TRACKING_PASSWORD"
+        )
+    if uri and not uri.startswith(("http://", "https://")):
+        remedy = "give the URL of an MLflow server"
+        seen(request, "tracking.uri", uri.partition("://")[2] or uri, remedy)
+    return uri
+
+
+def job_variables(
+    arguments: Sequence[str],
+    recipe: str | None,
+    request: Request,
+    given: Mapping[str, str],
+    grace_seconds: float,
+) -> dict[str, str]:
+    """The environment of a job that runs `tvq`.
+
+    Args:
+        arguments: of `tvq`.
+        recipe: that travels with them, as in jobs/submitted.py.
+        request: which secrets the cluster must have.
+        given: what the user or the recipe adds.
+        grace_seconds: that a save has after SIGTERM.
+    """
+    return {
+        **given,
+        submitted.VARIABLE: submitted.encode(arguments, recipe, request.secrets),
+        "TVQ_COMMIT": stated_commit(),
+        "RAY_JOB_STOP_WAIT_TIME_S": str(grace_seconds + STOP_MARGIN_SECONDS),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def stated_commit() -> str:
+    """The commit of the code that is running; empty where it is not known."""
+    commit = provenance()
+    return f"{commit.commit}{'+changes' if commit.dirty else ''}" if commit.commit else ""
 
 
 def _start(
@@ -175,26 +259,20 @@ def _start(
     """The id of the run's job, and whether it was started now."""
     prefix = f"tvq-{name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}-"
     identity = recipes.identity(recipes.resolve(recipe))
-    commit = provenance()
     metadata = {
         "tvq_run": name,
         "tvq_root": str(root),
         "tvq_identity": identity,
         "tvq_grace_seconds": str(recipe.cluster.grace_seconds),
-        "tvq_commit": f"{commit.commit}{'+changes' if commit.dirty else ''}",
+        "tvq_commit": stated_commit(),
     }
-    grace = recipe.cluster.grace_seconds + STOP_MARGIN_SECONDS
-    variables = {
-        **variables,
-        submitted.VARIABLE: submitted.encode(
-            ["train", submitted.RECIPE, "--run", name, "--root", str(root)],
-            stated_text(recipe),
-            request.secrets,
-        ),
-        "TVQ_COMMIT": metadata["tvq_commit"] if commit.commit else "",
-        "RAY_JOB_STOP_WAIT_TIME_S": str(grace),
-        "PYTHONUNBUFFERED": "1",
-    }
+    variables = job_variables(
+        ["train", submitted.RECIPE, "--run", name, "--root", str(root)],
+        stated_text(recipe),
+        request,
+        variables,
+        recipe.cluster.grace_seconds,
+    )
     while True:
         earlier = {
             int(job.submission_id.removeprefix(prefix)): job
@@ -220,36 +298,10 @@ def _start(
             variables=variables,
             metadata=metadata,
             cpus=request.cpus,
-            resources=_resources(request.resources),
+            resources=request.driver_resources(),
         ):
             return job_id, True
         # Somebody else was faster: looked at again, theirs is the one that runs.
-
-
-def _variables(request: Request) -> dict[str, str]:
-    variables = {}
-    for each in request.variables:
-        name, given, value = each.partition("=")
-        if _SECRET.search(name):
-            raise UserError(
-                f"--env {name}: looks like a secret, and Ray shows a job's environment to all who"
-                f" see its jobs; set {name} on the cluster and give --secret {name}"
-            )
-        if not given and name not in os.environ:
-            raise UserError(f"--env {name}: is not set here; set it, or give --env {name}=VALUE")
-        variables[name] = value if given else os.environ[name]
-    return variables
-
-
-def _resources(given: Sequence[str]) -> dict[str, float]:
-    found = {}
-    for each in given:
-        name, _, amount = each.partition("=")
-        try:
-            found[name] = float(amount)
-        except ValueError:
-            raise UserError(f"--driver-resource {each}: expected NAME=AMOUNT") from None
-    return found
 
 
 def _show_upload(

@@ -1,4 +1,4 @@
-"""What a submitted job runs: `tvq` with the arguments and the recipe that came with it.
+"""What a submitted job runs: `tvq` with the arguments, and a recipe, that came with it.
 
 `python -m jobs.submitted` in the unpacked wheel. All of it comes in one variable, so that nothing
 passes through a shell.
@@ -16,12 +16,12 @@ RECIPE = "@recipe"
 """Among the arguments: the file with the recipe."""
 
 
-def encode(arguments: Sequence[str], recipe: str, secrets: Sequence[str]) -> str:
+def encode(arguments: Sequence[str], recipe: str | None, secrets: Sequence[str]) -> str:
     """What the variable holds.
 
     Args:
         arguments: of `tvq`; RECIPE stands for the file.
-        recipe: YAML.
+        recipe: YAML; None where the arguments name no RECIPE.
         secrets: the variables that the cluster must have set for the job.
     """
     return json.dumps({"arguments": list(arguments), "recipe": recipe, "secrets": sorted(secrets)})
@@ -43,7 +43,8 @@ def main() -> None:
         sys.exit(ExitCode.USER)
     with tempfile.TemporaryDirectory(prefix="tvq-job-") as folder:
         file = Path(folder, "recipe.yaml")
-        file.write_text(fields["recipe"], encoding="utf-8")
+        if fields["recipe"] is not None:
+            file.write_text(fields["recipe"], encoding="utf-8")
         code = run_cli([str(file) if each == RECIPE else each for each in fields["arguments"]])
     sys.exit(code)
 

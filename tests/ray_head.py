@@ -68,6 +68,7 @@ def ray_head(folder: Path, *, token: str | None = None) -> Iterator[RayHead]:
             head.wait(30)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGKILL)
+        head.wait(30)
 
 
 def _wait_until_it_answers(url: str, head: subprocess.Popen) -> None:

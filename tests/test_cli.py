@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -143,22 +145,34 @@ def test_without_a_command_there_is_the_help(capsys):
         assert "Examples:" in capsys.readouterr().err
 
 
+def commands(*path: str, command: click.Command = cli) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All commands that are shown, with what one types for them."""
+    yield path, command
+    for name, child in command.commands.items() if isinstance(command, click.Group) else ():
+        if not child.hidden:
+            yield from commands(*path, name, command=child)
+
+
 def test_every_help_teaches_by_example(capsys):
-    for name in (None, *cli.commands):
-        assert run_cli([name, "--help"] if name else ["--help"]) == ExitCode.OK
+    for words, _ in commands():
+        assert run_cli([*words, "--help"]) == ExitCode.OK
         text = capsys.readouterr().out
-        assert re.search(r"Examples:\n(\s+tvq .*\n)+", text), name
+        assert re.search(r"Examples:\n(\s+tvq .*\n)+", text), words
     assert "Exit codes:" in cli.get_help(click.Context(cli))
 
 
 def test_examples_in_the_help_parse():
     """Each example names a command that exists, with options that it has."""
-    for name, command in {None: cli, **cli.commands}.items():
-        for line in re.findall(r"^  tvq (.+)$", command.epilog or "", re.MULTILINE):
+    for path, taught in commands():
+        for line in re.findall(r"^  tvq (.+)$", taught.epilog or "", re.MULTILINE):
             for part in line.split("  ")[0].split(" && tvq "):
                 words = [word.strip("'\"") for word in part.split()]
-                options = {option for item in cli.commands[words[0]].params for option in item.opts}
-                assert {word for word in words if word.startswith("-")} <= options, (name, line)
+                command: click.Command = cli
+                while isinstance(command, click.Group) and words[0] in command.commands:
+                    command = command.commands[words.pop(0)]
+                options = {option for item in command.params for option in item.opts}
+                assert command is not cli, (path, line)
+                assert {word for word in words if word.startswith("-")} <= options, (path, line)
 
 
 def test_recipes_are_printed_for_people_and_scripts(capsys):

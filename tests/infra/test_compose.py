@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from jobs.cli import run_cli
+from jobs.cli_schedule import serve
 from tests.infra.manifests import INFRA, documents, rendered
 
 COMPOSE = INFRA / "compose"
@@ -68,10 +69,21 @@ def test_every_name_that_a_service_is_called_by_is_one():
     assert named <= set(services())
     config = (COMPOSE / "prometheus" / "prometheus.yaml").read_text()
     [prometheus] = documents(config)
-    [source] = prometheus["scrape_configs"][0]["dns_sd_configs"]
-    assert set(source["names"]) <= set(services())
-    for name in source["names"]:
-        assert f"--metrics-export-port={source['port']}" in services()[name]["command"]
+    options = {"ray": "--metrics-export-port", "schedule": "--metrics-port"}
+    assert [scraped["job_name"] for scraped in prometheus["scrape_configs"]] == list(options)
+    for scraped in prometheus["scrape_configs"]:
+        [source] = scraped["dns_sd_configs"]
+        for name in source["names"]:
+            option = f"{options[scraped['job_name']]}={source['port']}"
+            assert option in services()[name]["command"]
+
+
+def test_the_daemon_of_the_box_is_one_that_there_is():
+    program, *arguments = services()["schedule"]["command"]
+    assert (program, *arguments[:2]) == ("tvq", "schedule", "serve")
+    with serve.make_context("serve", arguments[2:]) as context:
+        assert context.params["address"] == "http://head:8265"
+        assert context.params["metrics_host"] == "0.0.0.0"
 
 
 def test_secrets_are_made_once_and_lie_in_a_closed_folder(tmp_path: Path):

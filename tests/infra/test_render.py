@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from importlib.metadata import version
@@ -14,7 +15,9 @@ import pytest
 from jobs import cli_infra
 from jobs import recipe as recipes
 from jobs.cli import run_cli
+from jobs.cli_flow import run as command_of_flow
 from jobs.errors import ExitCode
+from jobs.flow_file import load_flow
 from jobs.manifest_yaml import dump_manifests
 from jobs.recipe_yaml import named_recipes
 from jobs.render import TARGETS, stated_text
@@ -105,7 +108,25 @@ def test_a_tick_carries_the_expression_that_it_is_claimed_by():
     entrypoint = spec["jobTemplate"]["entrypoint"]
     assert "--tick-from-cron '0 2 * * *' --timezone Europe/Berlin" in entrypoint
     [configuration, _] = documents(rendered("raycronjob"))
-    assert configuration["data"] == {"flow.yaml": FLOW.read_text()}
+    flow = load_flow(FLOW)
+    assert configuration["data"] == {"flow.yaml": flow.to_yaml()}
+    [*command, cron, option, zone] = shlex.split(entrypoint)
+    assert command == ["tvq", "flow", "run", "/etc/tvq/flow.yaml", "--tick-from-cron"]
+    with command_of_flow.make_context("run", [*command[3:], cron, option, zone]) as context:
+        assert (context.params["cron"], context.params["timezone"]) == (cron, zone)
+        assert (cron, zone) == ("0 2 * * *", "Europe/Berlin")
+
+
+def test_a_flow_without_a_name_has_that_of_its_file_there_too(tmp_path: Path, capsys):
+    """A daemon that serves the same file finds the ticks under the same name."""
+    lines = [line for line in FLOW.read_text().splitlines() if not line.startswith("name:")]
+    (tmp_path / "weekly.yaml").write_text("\n".join(lines))
+    arguments = [tmp_path / "weekly.yaml", "--for", "raycronjob", "--cron", "0 2 * * *"]
+    assert tvq("render", *arguments) == 0
+    [configuration, cron] = documents(capsys.readouterr().out)
+    assert cron["metadata"]["name"] == "weekly"
+    (tmp_path / "flow.yaml").write_text(configuration["data"]["flow.yaml"])
+    assert load_flow(tmp_path / "flow.yaml") == load_flow(tmp_path / "weekly.yaml")
 
 
 def test_strings_stay_strings_to_a_reader_of_yaml_1_1():
@@ -269,8 +290,9 @@ def test_ray_up_obeys_rays_own_schema():
         ([*KUBERAY[1:], "--image", "tvq"], "NAME:VERSION"),
         ([*KUBERAY[1:], "--cron", "0 2 * * *"], "--cron: is of schedules"),
         ([str(FLOW), "--for", "cronjob"], "needs when, such as --cron"),
-        (["none.yaml", "--for", "cronjob", "--cron", "0 2 * * *"], "takes a flow's file"),
+        (["none.yaml", "--for", "cronjob", "--cron", "0 2 * * *"], "no such file"),
         ([str(FLOW), "--for", "cronjob", "--cron", "0 2 *"], "has 3 fields"),
+        ([str(FLOW), "--for", "cronjob", "--cron", "0 25 * * *"], "hour: expected 0 to 23"),
         ([str(FLOW), "a.b=1", "--for", "cronjob", "--cron", "0 2 * * *"], "behind `train:`"),
         (
             [*("tiny", "data.corpus=gs://b/c", "--for", "ray-up", "cluster.accelerator=gpu"),

@@ -2,17 +2,22 @@
 
 import json
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from jobs import flow_stages
+from jobs import recipe as recipes
+from jobs import registry
 from jobs.cli import run_cli
 from jobs.console import Console
 from jobs.errors import ExitCode
-from jobs.flow import run_flow
+from jobs.exported_file import read_exported
+from jobs.flow import FlowResult, _as_json, run_flow
 from jobs.flow_file import load_flow
 from jobs.flow_folder import FlowFolder, flow_state
+from jobs.flow_stages import Candidate, Corpus, Verdict
+from jobs.registered_model import ModelFolder
 from jobs.run_directory import list_runs
 from jobs.tracking.parent_run import children
 from jobs.tracking.store import embedded_store
@@ -55,25 +60,29 @@ def test_a_flow_breaks_goes_on_finds_nothing_new_and_then_something(
 ):
     root, console = workplace / "runs", Console(quiet=True)
     flow = load_flow("nightly.yaml").absolute()
-    crowned = flow_stages.Stages._crown
+    promoted = registry.promote
 
-    def breaks(*_: object) -> None:
+    def breaks(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    # The first tick breaks where the champion is made.
-    monkeypatch.setattr(flow_stages.Stages, "_crown", breaks)
+    # The first tick breaks where the champion is made: the candidate is registered already.
+    monkeypatch.setattr(registry, "promote", breaks)
     with pytest.raises(ZeroDivisionError):
         run_flow(flow, TICKS[0], root, console)
     assert flow_state(root, "nightly", TICKS[0]) is None
     [trained] = list_runs(root)
     before = (trained.path / "closed.json").stat().st_mtime_ns
-    monkeypatch.setattr(flow_stages.Stages, "_crown", crowned)
+    monkeypatch.setattr(registry, "promote", promoted)
     first = run_flow(flow, TICKS[0], root, console)
     assert flow_state(root, "nightly", TICKS[0]) == "succeeded"
     assert first.seconds["train"] == 0
     assert first.corpus.reused
     assert first.verdict.outcome == "promoted"
     assert first.champion == first.candidate.run == trained.location
+    assert [one.version for one in ModelFolder(root, "nightly").versions()] == [1]
+    champion = registry.champion(root, "nightly")
+    assert champion
+    assert (champion.version, champion.update) == (1, first.candidate.update)
     assert (trained.path / "closed.json").stat().st_mtime_ns == before
 
     # Again, and by the command: it is done.
@@ -86,6 +95,7 @@ def test_a_flow_breaks_goes_on_finds_nothing_new_and_then_something(
     assert second.candidate.run == first.champion
     assert second.verdict.outcome == "inconclusive"
     assert "nothing is new" in second.verdict.why
+    assert second.verdict.bits_per_byte == first.verdict.bits_per_byte
     assert len(list_runs(root)) == 1
 
     # More text: an increment, and a training that begins where the champion is.
@@ -99,8 +109,17 @@ def test_a_flow_breaks_goes_on_finds_nothing_new_and_then_something(
     assert third.verdict.champion_bits_per_byte == first.verdict.bits_per_byte
     assert third.verdict.outcome == "promoted"  # forty updates more, from forty
     assert third.champion == third.candidate.run
-    recipe = (Path(third.candidate.run) / "recipe.yaml").read_text()
-    assert f"init_from: {first.champion}@40" in recipe
+    stored = (Path(third.candidate.run) / "recipe.yaml").read_text()
+    recipe = recipes.from_yaml(stored, "recipe.yaml")
+    assert recipe.training.init_from == ModelFolder(root, "nightly").weights(1)
+    before, after = first.verdict.bits_per_byte, third.verdict.bits_per_byte
+    assert third.verdict.difference == pytest.approx(after - before, rel=1e-9)
+
+    # Nothing new: the champion was trained by this recipe, though it began with another's weights.
+    fourth = run_flow(flow, TICKS[3], root, console)
+    assert fourth.candidate.run == third.champion
+    assert "nothing is new" in fourth.verdict.why
+    assert len(list_runs(root)) == 2
 
     # In MLflow: the parent of each tick, with its stages under it.
     store = embedded_store(root)
@@ -118,10 +137,12 @@ def test_a_flow_breaks_goes_on_finds_nothing_new_and_then_something(
     # What people see.
     assert run_cli(["flow", "show", "nightly.yaml"]) == ExitCode.OK
     shown = capsys.readouterr().out
-    assert f"champion  {third.champion} at update 40" in shown
+    assert f"champion  version 2, {third.champion} at update 40" in shown
     assert shown.index(TICKS[2]) < shown.index(TICKS[0])
-    # The champion's checkpoint is pinned.
-    assert (Path(third.candidate.run) / "checkpoints").is_dir()
+    # The run's own checkpoints are not needed any more to begin with the champion.
+    network, exported = read_exported(ModelFolder(root, "nightly").weights(2))
+    assert network
+    assert exported.update == 40
 
 
 def test_a_tick_that_another_process_runs_is_busy(workplace: Path, capsys):
@@ -132,6 +153,34 @@ def test_a_tick_that_another_process_runs_is_busy(workplace: Path, capsys):
     assert "is being run by process" in capsys.readouterr().err
     claim.give_back()
     assert flow_state(workplace / "runs", "nightly", TICKS[0]) is None
+
+
+def test_the_tick_of_a_clusters_cron_is_that_of_its_expression_and_waited_for(
+    workplace: Path, monkeypatch, capsys
+):
+    """Once it is done, by whomever, there is nothing left to do."""
+    run = ["flow", "run", "nightly.yaml", "--tick-from-cron", "0 2 1 1 *", "--timezone"]
+    assert run_cli([*run, "Europe/Atlantis"]) == ExitCode.USER
+    assert run_cli([*run, "UTC", "--tick", TICKS[0]]) == ExitCode.USER
+    capsys.readouterr()
+    now = datetime.now(UTC)
+    year = now.year if now >= datetime(now.year, 1, 1, 1, tzinfo=UTC) else now.year - 1
+    folder = FlowFolder(workplace / "runs", "nightly", f"{year}0101T010000Z")  # 2:00 in Berlin
+    claim = folder.claim()
+    assert claim.take() is None
+
+    def another_finishes(_: float) -> None:
+        parts = Corpus("c", {}, 1, 1, 1, False), Candidate("r", 1, "w", None)
+        verdict = Verdict("promoted", "the first champion", 1.0, None)
+        result = FlowResult(folder.tick, *parts, verdict, "r", {})
+        folder.write("result.json", _as_json(result))
+        claim.give_back()
+
+    monkeypatch.setattr("jobs.flow.time.sleep", another_finishes)
+    assert run_cli([*run, "Europe/Berlin"]) == ExitCode.OK
+    said = capsys.readouterr().out
+    assert "is being run by process" in said
+    assert f"tick {folder.tick} is done already" in said
 
 
 def test_a_flow_is_the_same_from_its_own_yaml_and_from_anywhere(workplace: Path, monkeypatch):

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from jobs.checkpoint_manifest import newest_update
-from jobs.run_directory import RunDirectory
-from tests.micro import write_micro
+from jobs.cli import run_cli
+from jobs.run_directory import RunDirectory, list_runs
+from tests.micro import RECIPE, write_micro
 from tests.ray_head import RayHead, ray_head
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -139,6 +140,75 @@ def test_ctrl_c_detaches_stop_saves_and_the_same_command_resumes(head, workplace
 def test_a_secret_that_the_cluster_lacks_ends_the_job(head, workplace):
     output = submit(head, workplace, "poor", "--secret", "NOWHERE_SET", code=2)
     assert "error: NOWHERE_SET: not set on this cluster" in output
+
+
+LAUNCHED_TWICE = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from jobs.ray_launcher import RayLauncher
+from jobs.submit import Request
+
+address, root, id, *command = sys.argv[1:]
+launchers = [RayLauncher(Request(address), root) for _ in range(2)]
+assert launchers[0].state(id) is None
+with ThreadPoolExecutor(2) as pool:
+    list(pool.map(lambda launcher: launcher.launch(id, command), launchers))
+assert launchers[0].state(id) is not None
+while (state := launchers[1].state(id)) == "running":
+    time.sleep(0.2)
+launchers[0].launch(id, command)
+print(state)
+"""
+
+
+def jobs_of(head: RayHead, folder: Path, run: str) -> list[str]:
+    listed = json.loads(tvq(head, folder, "jobs", "list", "--json"))
+    return [job["job"] for job in listed if job["metadata"]["tvq_run"] == run]
+
+
+@pytest.mark.parametrize(("recipe", "end"), [("tiny", "succeeded"), ("tinny", "failed")])
+def test_an_id_that_two_daemons_launch_is_one_job(head, workplace, recipe, end):
+    id = f"{recipe}-20260101T020000Z"
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", LAUNCHED_TWICE, head.url, "runs", id, "recipes", recipe],
+        cwd=workplace, env=head.environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.stdout == f"{end}\n", ran.stderr
+    [job] = jobs_of(head, workplace, id)
+    # Another root's schedule of that name has another job.
+    assert job.startswith(f"tvq-{id}-")
+    assert tvq(head, workplace, "jobs", "logs", job).count("sequence_length") == (end != "failed")
+
+
+def test_one_tick_of_two_daemons_is_one_job_that_trains_once(head, tmp_path, monkeypatch, capsys):
+    (tmp_path / "micro.yaml").write_text(RECIPE)
+    (tmp_path / "books").mkdir()
+    for number in range(40):
+        lines = [f"In the year {number * 37 + k} the {k % 17}th ship came home." for k in range(80)]
+        (tmp_path / "books" / f"{number}.txt").write_text("\n".join(lines))
+    prepare = "prepare: books --output corpora/books --validation 0.3 --test 0\n"
+    (tmp_path / "nightly.yaml").write_text(f"{prepare}train: ./micro.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(["schedule", "add", "nightly.yaml", "--cron", "0 2 1 1 *"]) == 0
+    assert run_cli(["schedule", "run-now", "nightly"]) == 0
+    daemons = [
+        subprocess.Popen(
+            [*TVQ, "schedule", "tick", "nightly", "--address", head.url],
+            cwd=tmp_path, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [daemon.communicate(timeout=600)[0] for daemon in daemons]
+    assert [daemon.returncode for daemon in daemons] == [0, 0], said
+    assert sum("launched as" in each for each in said) == 1
+    capsys.readouterr()
+    assert run_cli(["schedule", "history", "nightly", "--json"]) == 0
+    [tick] = json.loads(capsys.readouterr().out)
+    assert (tick["outcome"], tick["attempts"]) == ("succeeded", 1)
+    [job] = jobs_of(head, tmp_path, f"nightly-{tick['tick']}")
+    assert "promoted: the first champion" in tvq(head, tmp_path, "jobs", "logs", job)
+    assert len(list_runs(tmp_path / "runs")) == 1
 
 
 def test_with_a_token_and_without(workplace):

@@ -1,12 +1,16 @@
 """`tvq schedule` as a user meets it, and the daemon on the real clock."""
 
+import dataclasses
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -147,3 +151,32 @@ def test_a_daemon_that_is_told_to_stop_ends(workplace: Path):
     rest, _ = daemon.communicate(timeout=60)
     assert daemon.returncode == 0
     assert "stopped" in rest
+
+
+def test_a_daemon_tells_prometheus_what_was_missed(workplace: Path, capsys):
+    say(capsys, *ADD[:3], "--cron", "0 2 1 1 *")
+    folder = ScheduleFolder(workplace / "runs", "nightly")
+    schedule = folder.load()
+    assert schedule
+    since = f"{datetime.now(UTC).year - 3}0601T000000Z"
+    folder.save(dataclasses.replace(schedule, since=since))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        # It is taken: one line, and no daemon.
+        assert run_cli(["schedule", "serve", "--metrics-port", str(port)]) == ExitCode.USER
+        assert "cannot be had" in capsys.readouterr().err
+    daemon = subprocess.Popen(
+        [*TVQ, "schedule", "serve", "--metrics-port", str(port)], stdout=subprocess.PIPE, text=True
+    )
+    assert daemon.stdout
+    while "missed" not in (line := daemon.stdout.readline()):
+        assert line
+    text = ""
+    while "tvq_missed_ticks{" not in text:  # the first look is being finished
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+            text = answer.read().decode()
+    assert 'tvq_missed_ticks{schedule="nightly"} 3.0' in text
+    daemon.send_signal(signal.SIGTERM)
+    daemon.communicate(timeout=60)
+    assert daemon.returncode == 0

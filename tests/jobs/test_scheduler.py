@@ -1,5 +1,6 @@
 """Schedules under a clock of the test: each tick runs once, whatever dies and whoever races."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 from jobs.alerts import AlertError, Hook, send
 from jobs.errors import UserError
+from jobs.flow_folder import FlowFolder, flow_state
 from jobs.launchers import State
 from jobs.schedule import Schedule, ScheduleFolder, list_schedules, submission_id
 from jobs.scheduler import Scheduler
@@ -307,7 +309,9 @@ def test_what_nobody_saw_to_in_time_is_noted_and_not_run(tmp_path: Path):
     cluster = Cluster(clock)
     scheduler = Scheduler(tmp_path, cluster, clock=clock)
     scheduler.step()
+    assert scheduler.missed == {"nightly": 9}
     scheduler.step()
+    assert scheduler.missed == {"nightly": 0}  # one was run since
     # The last is within its window; those long over are noted together.
     assert outcomes(folder) == {hours(9)[0]: "missed", hours(10)[0]: "succeeded"}
     missed = folder.result(hours(9)[0])
@@ -317,9 +321,35 @@ def test_what_nobody_saw_to_in_time_is_noted_and_not_run(tmp_path: Path):
     clock.now += 3000  # the next one is 10 minutes late
     scheduler.step()
     clock.now += 5100  # the one at twelve 35
-    Scheduler(tmp_path, cluster, clock=clock).step()
+    other = Scheduler(tmp_path, cluster, clock=clock)
+    other.step()
+    assert other.missed == {"nightly": 1}
     assert list(outcomes(folder).values())[-2:] == ["succeeded", "missed"]
     assert list(cluster.launches) == [f"nightly-{id}" for id in hours(10, 11)]
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed"])
+def test_a_tick_that_a_clusters_cron_runs_is_not_run_by_the_daemon_too(tmp_path: Path, end: str):
+    """The one claim is that of `tvq flow run`, which the daemon launches and the cron is."""
+    folder = add(tmp_path)
+    [tick] = hours(1)
+    theirs = FlowFolder(tmp_path, "nightly", tick)
+    claim = theirs.claim()
+    assert claim.take() is None
+    clock = Clock(BEGIN + timedelta(hours=1, minutes=1))
+    cluster = Cluster(clock)
+    cluster.ends[f"nightly-{tick}"] = "failed"  # it finds the tick claimed
+    state = functools.partial(flow_state, tmp_path)
+    scheduler = Scheduler(tmp_path, cluster, clock=clock, run_state=state)
+    for _ in range(3):
+        scheduler.step()
+    assert outcomes(folder) == {tick: "open"}
+    if end == "succeeded":
+        theirs.write("result.json", {})
+    claim.give_back()
+    scheduler.step()
+    assert outcomes(folder) == {tick: end}
+    assert cluster.launches == {f"nightly-{tick}": 1}
 
 
 def test_retries_wait_longer_each_time_and_end(tmp_path: Path):
