@@ -5,7 +5,10 @@ import click
 from jobs.cli_options import OrderedGroup, Root, console, json_option, root_option
 
 
-@click.group(cls=OrderedGroup)
+@click.group(cls=OrderedGroup, epilog="""\b
+Examples:
+  tvq flow run nightly.yaml
+  tvq flow show nightly.yaml""")  # fmt: skip
 def flow() -> None:
     """Prepare, train, compare with the champion and promote, as one command."""
 

@@ -8,7 +8,11 @@ import click
 from jobs.cli_options import OrderedGroup, Root, console, json_option, root_option
 
 
-@click.group(cls=OrderedGroup)
+@click.group(cls=OrderedGroup, epilog="""\b
+Examples:
+  tvq schedule add nightly.yaml --cron "0 2 * * *" --timezone Europe/Berlin
+  tvq schedule serve
+  tvq schedule history nightly""")  # fmt: skip
 def schedule() -> None:
     """Run a flow every night, or whenever: once a tick, whatever happens."""
 

@@ -12,6 +12,7 @@ import pytest
 from jobs.cli import cli, run_cli
 from jobs.errors import ExitCode
 from pipeline.manifest import FORMAT_VERSION
+from tests.command_lines import commands_of, parse, shown_in
 from tests.micro import write_micro
 
 
@@ -144,21 +145,20 @@ def test_without_a_command_there_is_the_help(capsys):
 
 
 def test_every_help_teaches_by_example(capsys):
-    for name in (None, *cli.commands):
-        assert run_cli([name, "--help"] if name else ["--help"]) == ExitCode.OK
+    for words in ((), *commands_of(cli)):
+        assert run_cli([*words, "--help"]) == ExitCode.OK
         text = capsys.readouterr().out
-        assert re.search(r"Examples:\n(\s+tvq .*\n)+", text), name
+        assert re.search(r"Examples:\n(\s+tvq .*\n)+", text), words
     assert "Exit codes:" in cli.get_help(click.Context(cli))
 
 
 def test_examples_in_the_help_parse():
-    """Each example names a command that exists, with options that it has."""
-    for name, command in {None: cli, **cli.commands}.items():
-        for line in re.findall(r"^  tvq (.+)$", command.epilog or "", re.MULTILINE):
-            for part in line.split("  ")[0].split(" && tvq "):
-                words = [word.strip("'\"") for word in part.split()]
-                options = {option for item in cli.commands[words[0]].params for option in item.opts}
-                assert {word for word in words if word.startswith("-")} <= options, (name, line)
+    """Each example names a command that exists, with options and arguments that it takes."""
+    for command in (cli, *commands_of(cli).values()):
+        examples = shown_in(command.epilog or "")
+        assert examples, command.name
+        for words in examples:
+            parse(words)
 
 
 def test_recipes_are_printed_for_people_and_scripts(capsys):
