@@ -6,12 +6,10 @@ from jobs.cli_options import OrderedGroup, Root, console, json_option, root_opti
 from jobs.errors import UserError
 
 
-@click.group(
-    cls=OrderedGroup,
-    epilog="""\b
+@click.group(cls=OrderedGroup, epilog="""\b
 Examples:
-  tvq flow run nightly.yaml""",
-)
+  tvq flow run nightly.yaml
+  tvq flow show nightly.yaml""")  # fmt: skip
 def flow() -> None:
     """Prepare, train, compare with the champion and promote, as one command."""
 

@@ -7,12 +7,11 @@ import click
 from jobs.cli_options import OrderedGroup, Root, console, json_option, root_option
 
 
-@click.group(
-    cls=OrderedGroup,
-    epilog="""\b
+@click.group(cls=OrderedGroup, epilog="""\b
 Examples:
-  tvq checkpoints list tiny""",
-)
+  tvq checkpoints list tiny
+  tvq checkpoints verify tiny --update 400
+  tvq checkpoints export tiny --output tiny.safetensors""")  # fmt: skip
 def checkpoints() -> None:
     """List, verify, keep and remove the checkpoints of a run."""
 

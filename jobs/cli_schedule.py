@@ -19,13 +19,11 @@ address_option = click.option(
 )
 
 
-@click.group(
-    cls=OrderedGroup,
-    epilog="""\b
+@click.group(cls=OrderedGroup, epilog="""\b
 Examples:
   tvq schedule add nightly.yaml --cron "0 2 * * *" --timezone Europe/Berlin
-  tvq schedule serve""",
-)
+  tvq schedule serve
+  tvq schedule history nightly""")  # fmt: skip
 def schedule() -> None:
     """Run a flow every night, or whenever: once a tick, whatever happens."""
 

@@ -54,7 +54,8 @@ def request_options(command: Command) -> Command:
 @click.command(
     epilog="""\b
 Examples:
-  tvq submit tiny data.corpus=gs://bucket/books --root gs://bucket/runs --address http://head:8265
+  tvq submit tiny data.corpus=gs://bucket/books tracking.uri=http://mlflow:5000 \\
+      --root gs://bucket/runs --address http://head:8265
   tvq submit my-recipe.yaml --address http://head:8265 --shared /nfs --root /nfs/runs --detach
   tvq submit tiny data.corpus=corpora/books --address http://127.0.0.1:8265 --dry-run"""
 )

@@ -4,9 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from jobs.cli import cli, run_cli
 from jobs.errors import ExitCode
 from pipeline.manifest import FORMAT_VERSION
+from tests.command_lines import commands_of, parse, shown_in
 from tests.micro import write_micro
 
 
@@ -145,16 +144,8 @@ def test_without_a_command_there_is_the_help(capsys):
         assert "Examples:" in capsys.readouterr().err
 
 
-def commands(*path: str, command: click.Command = cli) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """All commands that are shown, with what one types for them."""
-    yield path, command
-    for name, child in command.commands.items() if isinstance(command, click.Group) else ():
-        if not child.hidden:
-            yield from commands(*path, name, command=child)
-
-
 def test_every_help_teaches_by_example(capsys):
-    for words, _ in commands():
+    for words in ((), *commands_of(cli)):
         assert run_cli([*words, "--help"]) == ExitCode.OK
         text = capsys.readouterr().out
         assert re.search(r"Examples:\n(\s+tvq .*\n)+", text), words
@@ -162,17 +153,12 @@ def test_every_help_teaches_by_example(capsys):
 
 
 def test_examples_in_the_help_parse():
-    """Each example names a command that exists, with options that it has."""
-    for path, taught in commands():
-        for line in re.findall(r"^  tvq (.+)$", taught.epilog or "", re.MULTILINE):
-            for part in line.split("  ")[0].split(" && tvq "):
-                words = [word.strip("'\"") for word in part.split()]
-                command: click.Command = cli
-                while isinstance(command, click.Group) and words[0] in command.commands:
-                    command = command.commands[words.pop(0)]
-                options = {option for item in command.params for option in item.opts}
-                assert command is not cli, (path, line)
-                assert {word for word in words if word.startswith("-")} <= options, (path, line)
+    """Each example names a command that exists, with options and arguments that it takes."""
+    for command in (cli, *commands_of(cli).values()):
+        examples = shown_in(command.epilog or "")
+        assert examples, command.name
+        for words in examples:
+            parse(words)
 
 
 def test_recipes_are_printed_for_people_and_scripts(capsys):
