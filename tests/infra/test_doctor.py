@@ -239,9 +239,10 @@ def test_ray_that_is_there_and_too_small():
     # Another process: a test's own Ray session would be asked instead.
     code = (
         "import os; os.environ['RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'] = '0'\n"
-        "import ray, sys; c = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False,"
-        " object_store_memory=10**8); print(c.address_info['gcs_address'], flush=True);"
-        " sys.stdin.read()"
+        "import ray, sys; c = ray.init('local', num_cpus=2, include_dashboard=False,"
+        " log_to_driver=False, object_store_memory=10**8)\n"
+        "print(c.address_info['gcs_address'], flush=True)\n"
+        "sys.stdin.read()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -127,6 +127,7 @@ OPERATIONAL = {
     "cluster.fsdp",
     "cluster.tensor",
     "cluster.max_restarts",
+    "cluster.memory_gib",
     "cluster.peak_flops",
     "cluster.heartbeat_seconds",
     "cluster.start_timeout_seconds",
