@@ -41,9 +41,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resolved(path: Path, **changes: object) -> Recipe:
     fields = {**MODEL, **changes}
-    return recipes.resolve(
-        recipes.load(str(path), [f"model.{name}={value}" for name, value in fields.items()])
-    )
+    overrides = tuple(f"model.{name}={value}" for name, value in fields.items())
+    return recipes.resolve(recipes.load(str(path), overrides))
 
 
 def compiled(recipe: Recipe, *names: str, **axes: int) -> Compiled:
