@@ -103,7 +103,7 @@ def _print_plan(name: str, plan: Plan, console: Console) -> None:
         times = sum(shown.collectives.values()) / shown.parameter_collectives
         console.warning(
             f"on {plan.target.text} a device sends {times:,.0f} times what parameters and gradients"
-            " are: activations travel; try a smaller cluster.fsdp or cluster.tensor"
+            " are: activations travel; try a smaller cluster.tensor"
         )
     if plan.changed:
         console.line(f"below: with {_changes(plan)}")

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from jobs.recipe import Recipe
-from model.sharding import abstract_state
+from model.sharding import abstract_state, on_mesh
 from model.training import (
     Batch,
     TrainState,
@@ -55,16 +55,18 @@ class Programs:
         self.create: Callable[[], TrainState] = jax.jit(create, out_shardings=shardings)
         """The state before the first batch, each part made where it lies."""
         self.start_codebooks: Callable[[TrainState, Any], TrainState] = jax.jit(
-            start_codebooks, out_shardings=shardings, donate_argnums=0
+            on_mesh(mesh, start_codebooks), out_shardings=shardings, donate_argnums=0
         )
         """The state with codebooks from k-means over the first update's keys."""
         self.step: Callable[..., tuple[TrainState, UpdateMetrics, jax.Array]] = jax.jit(
-            step, out_shardings=(shardings, None, None), donate_argnums=0
+            on_mesh(mesh, step), out_shardings=(shardings, None, None), donate_argnums=0
         )
         """(state, batch, flags) -> the state after the batch, its metrics, the highest flag."""
         self.go_on_from: Callable[[TrainState, TrainState], TrainState] = jax.jit(
             go_on_from, out_shardings=shardings, donate_argnums=0
         )
         """An earlier state at the position of the present one."""
-        self.evaluate: Callable[[TrainState, Any], tuple[jax.Array, jax.Array]] = jax.jit(evaluate)
+        self.evaluate: Callable[[TrainState, Any], tuple[jax.Array, jax.Array]] = jax.jit(
+            on_mesh(mesh, evaluate)
+        )
         """(state, batch) -> the sum of its targets' nats, and their number."""

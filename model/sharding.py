@@ -1,12 +1,13 @@
 """The device mesh, and where each array of the train state lies on it.
 
 Axes: `data` and `fsdp` split the rows of a batch; `fsdp` splits parameters too, which are gathered
-where they are used; `tensor` splits value columns, their gate and the output projection, the inner
-width of feed-forward units, and heads where it divides them. `sequence` is reserved: states of the
-compressive cache merge associatively, so that devices could each read a part of a window and then
-take the prefixes; so far it is 1.
+where they are used (`gathered`), for XLA alone would rather gather the rows; `tensor` splits value
+columns, their gate and the output projection, the inner width of feed-forward units, and heads
+where it divides them. `sequence` is reserved: states of the compressive cache merge associatively,
+so that devices could each read a part of a window and then take the prefixes; so far it is 1.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -14,12 +15,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from model.config import ConfigError, ModelConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
+ROWS = ("data", "fsdp")
+"""The axes that split the rows of a batch."""
+CONSTRAINT = "sharding_constraint"
+"""What JAX calls the operation in a traced program."""
 
 TABLE: tuple[tuple[str, P], ...] = (
     ("embedding/table", P(None, "fsdp")),
@@ -73,7 +79,7 @@ def make_mesh(
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose first axis is the rows of a batch."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -115,7 +121,77 @@ def state_shardings(mesh: Mesh, model: ModelConfig, state: Any) -> Any:
     return jax.tree.unflatten(structure, shardings)
 
 
-def _head_axes(mesh: Mesh, model: ModelConfig) -> dict[str | None, str | None]:
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which when jit traces it knows the mesh: `by_row` and `gathered` act within."""
+
+    @functools.wraps(function)
+    def traced(*arguments: Any, **options: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments, **options)
+
+    return traced
+
+
+def by_row(x: jax.Array) -> jax.Array:
+    """Activations, rows first: each device keeps to its own, and has them whole.
+
+    Left alone, XLA takes the split of the parameters' axes over to the activations, and each device
+    computes the rows of its whole `fsdp` group (`pg19` on 64 devices, fsdp 32: 80 times the bytes
+    that parameters and gradients are). x itself unless `fsdp` splits parameters.
+    """
+    if _fsdp_mesh() is None:
+        return x
+    return lax.with_sharding_constraint(x, P(ROWS))
+
+
+def gathered(
+    parameters: Any, name: str, model: ModelConfig, *, dtype: str | None = None, layer: bool = False
+) -> Any:
+    """Parameters as they are used: not split by `fsdp`. Their gradients are summed over all rows
+    and split again. Given back as they are unless `fsdp` splits parameters.
+
+    Args:
+        parameters: an array, or a nested dict of arrays.
+        name: its path in the network.
+        model: of the recipe.
+        dtype: that the parameters which travel are used in, so that they travel in it.
+        layer: of one layer: the axis of layers is gone.
+    """
+    mesh = _fsdp_mesh()
+    if mesh is None:
+        return parameters
+    axes = _head_axes(mesh, model)
+
+    def gather(path: Any, leaf: jax.Array) -> jax.Array:
+        end = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = _partition_spec(f"{name}/{end}" if end else name, {})
+        if "fsdp" not in spec:
+            return leaf
+        split = [axes.get(axis, axis) for axis in spec[1 if layer else 0 :]]
+        whole = [None if axis == "fsdp" else axis for axis in split]
+        # The first of the two is for the gradient, which takes them in the opposite order.
+        leaf = lax.with_sharding_constraint(leaf.astype(dtype or leaf.dtype), P(*split))
+        return lax.with_sharding_constraint(leaf, P(*whole))
+
+    return jax.tree_util.tree_map_with_path(gather, parameters)
+
+
+def gathered_again(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer that does not keep the parameters that it gathered for its backward pass: of all the
+    layers they would be the whole network on each device. The layer itself unless `fsdp` splits
+    parameters."""
+    if _fsdp_mesh() is None:
+        return layer
+    return jax.checkpoint(layer, policy=lambda primitive, *_, **__: primitive.name != CONSTRAINT)
+
+
+def _fsdp_mesh() -> AbstractMesh | None:
+    """The mesh that jit traces on, if `fsdp` splits parameters on it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.shape.get("fsdp", 1) > 1 else None
+
+
+def _head_axes(mesh: Mesh | AbstractMesh, model: ModelConfig) -> dict[str | None, str | None]:
     """What the table's axes of heads are on this mesh."""
     heads = {"query_heads": model.n_heads, "kv_heads": model.kv_heads}
     return {

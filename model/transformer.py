@@ -28,6 +28,7 @@ from model.layers import (
     sinusoids,
 )
 from model.quantizer import CodebookVariable, CodeStatistics
+from model.sharding import by_row, gathered, gathered_again
 
 REMAT = {
     "nothing": jax.checkpoint_policies.nothing_saveable,
@@ -131,7 +132,8 @@ class Transformer(nnx.Module):
         and statistics have `n_candidates`, or as many as there are tokens.
         """
         config = self.config
-        x = self.embedding.table[...][tokens].astype(config.dtype)
+        table = gathered(self.embedding.table[...], "embedding/table", config)
+        x = by_row(table[tokens].astype(config.dtype))
         documents, starts = _documents(tokens, cache)
         if config.absolute_positions:
             positions = cache.length + jnp.arange(tokens.shape[1])
@@ -149,7 +151,10 @@ class Transformer(nnx.Module):
             x: Float[Array, "B T D"], inputs: tuple[Any, Any, LayerCache, Int[Array, ""]]
         ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, CodeStatistics | None]]:
             params, codebook, layer_cache, index = inputs
-            attend = nnx.merge(unit, params, codebook)
+            params = gathered(
+                nnx.to_pure_dict(params), "layers", config, dtype=config.dtype, layer=True
+            )
+            attend = nnx.merge(unit, nnx.State(params), codebook)
             own = None if randomness is None else randomness.of_layer(index)
             x, layer_cache, statistics = attend(
                 x,
@@ -161,10 +166,11 @@ class Transformer(nnx.Module):
                 own,
                 n_candidates,
             )
-            return x, (layer_cache, statistics)
+            return by_row(x), (layer_cache, statistics)
 
+        keep = REMAT[config.remat_keeps]
         x, (layers, statistics) = lax.scan(
-            jax.checkpoint(layer, policy=REMAT[config.remat_keeps]) if config.remat else layer,
+            jax.checkpoint(layer, policy=keep) if config.remat else gathered_again(layer),
             x,
             (params, codebooks, cache.layers, jnp.arange(config.n_layers)),
             unroll=min(config.unrolled_layers, config.n_layers),
@@ -181,10 +187,13 @@ class Transformer(nnx.Module):
 
     def logits(self, features: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """Unnormalised log-probabilities of the next tokens, in the parameters' dtype."""
+        whole = functools.partial(gathered, model=self.config, dtype=self.config.dtype)
         if self.config.tied_embeddings:
-            weights, bias = self.embedding.table[...].T, self.embedding.bias[...]
+            weights = whole(self.embedding.table[...], "embedding/table").T
+            bias = self.embedding.bias[...]
         else:
-            weights, bias = self.output.kernel[...], self.output.bias[...]
+            weights = whole(self.output.kernel[...], "output/kernel")
+            bias = self.output.bias[...]
         B, T, D = features.shape
         logits = jnp.matmul(  # of two plain matrices: see layers.project
             features.reshape(B * T, D),

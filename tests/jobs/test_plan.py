@@ -89,6 +89,17 @@ def test_data_parallel_gradients_are_reduced_every_update(planned: Plan, micro: 
     assert dataclasses.replace(planned, collectives={"x": 13 * gradients}).activations_travel
 
 
+def test_fsdp_gathers_parameters_and_leaves_activations_where_they_are(micro: recipe.Recipe):
+    """Of two devices, each sends its half of the parameters, for either pass at most."""
+    split = plan(with_changes(micro, {"cluster.fsdp": 2}), "cpu:2")
+    assert split.mesh == {"data": 1, "fsdp": 2, "tensor": 1}
+    parameters = 4 * parameter_count(micro.model).trained * micro.updates_per_batch
+    assert split.collectives["all-gather"] <= parameters
+    assert parameters / 2 < split.collectives["all-reduce"] < 1.1 * parameters
+    assert split.flops_compiler == split.flops_formula
+    assert not split.activations_travel
+
+
 def test_hours_and_money_follow_from_the_time_of_a_batch(planned: Plan):
     assert planned.time
     assert planned.hours

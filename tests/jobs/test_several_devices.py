@@ -34,6 +34,7 @@ def environment(**changes: str) -> dict[str, str]:
     "program",
     [
         "on_four_devices.py",
+        "programs_on_four_devices.py",
         pytest.param("training_on_four_devices.py", marks=pytest.mark.slow),
     ],
 )

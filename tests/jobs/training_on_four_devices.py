@@ -16,7 +16,7 @@ import pytest
 from jobs import recipe as recipes
 from jobs.global_batch import GlobalBatch
 from jobs.recipe import Recipe
-from model.sharding import abstract_state, batch_sharding, make_mesh, replicated
+from model.sharding import abstract_state, batch_sharding, make_mesh, on_mesh, replicated
 from model.training import initial_state, train_step
 from pipeline.loader import training_batches
 from tests.micro import write_micro
@@ -62,6 +62,7 @@ def trained(micro: tuple[Path, Path], name: str, n_updates: int, *overrides: str
         train_step, recipe.model, recipe.optimizer, recipe.training.update_length,
         accumulate=accumulate,
     )  # fmt: skip
+    step = on_mesh(mesh, step)
     step = jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
     targets, losses, usage = [], [], []
     with contextlib.closing(

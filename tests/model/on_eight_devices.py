@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from model.config import OptimizerConfig
-from model.sharding import abstract_state, batch_sharding, make_mesh, replicated
+from model.sharding import abstract_state, batch_sharding, make_mesh, on_mesh, replicated
 from model.training import train_step
 from tests.model import toy
 
@@ -53,7 +53,7 @@ def test_eight_devices_are_one(float64, kind, name, axes, accumulate):
     data, fsdp, tensor = axes
     mesh = make_mesh(jax.devices(), data=data, fsdp=fsdp, tensor=tensor)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, model, lambda: state))
-    sharded = jax.jit(step, out_shardings=(shardings, replicated(mesh)))(
+    sharded = jax.jit(on_mesh(mesh, step), out_shardings=(shardings, replicated(mesh)))(
         jax.device_put(state, shardings), jax.device_put(batch, batch_sharding(mesh))
     )
     for (path, actual), leaf in zip(
