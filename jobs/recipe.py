@@ -133,6 +133,9 @@ class TrackingConfig:
     """An MLflow tracking URI; null: MLFLOW_TRACKING_URI, else a SQLite file beside the runs."""
     experiment: str = operational("tvq")
     """The MLflow experiment that the run is filed under."""
+    log_diff: bool = operational(True)
+    """Whether the changes of tracked files since the commit are stored with the run, as a patch.
+    One that is long or looks as if it held a secret never is."""
 
 
 @dataclass(frozen=True)

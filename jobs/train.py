@@ -10,12 +10,13 @@ from typing import NamedTuple
 from jobs import recipe as recipes
 from jobs import run_log
 from jobs.checkpoint_manifest import checkpoint_store, complete_checkpoints, newest_update
+from jobs.code_diff import CodeDiff, code_diff
 from jobs.console import Console
 from jobs.errors import ExitCode, UserError
 from jobs.lease import Lease, LeaseLostError
 from jobs.loop_contract import Outcome
 from jobs.metric_spool import MetricPoint
-from jobs.provenance import note_start
+from jobs.provenance import note_start, provenance
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
 from jobs.settled import begin_or_resume, changed_fields, with_corpora
@@ -103,6 +104,7 @@ def train(
         try:
             differences = "\n".join(recipes.difference(recipe, Recipe())) + "\n"
             tracker.log_recipe(recipes.flatten(recipe), recipes.to_yaml(recipe), differences)
+            _log_provenance(tracker, recipe, console)
             _log_corpora(tracker, mixture)
 
             def loop() -> Outcome:
@@ -217,6 +219,20 @@ def _log_corpora(tracker: Tracker, mixture: Mixture) -> None:
                 {"doc_id": "string", "tokens": "integer"},
                 context,
             )
+
+
+def _log_provenance(tracker: Tracker, recipe: Recipe, console: Console) -> None:
+    now = provenance()
+    diff = CodeDiff(None, None)
+    if now.dirty and not recipe.tracking.log_diff:
+        diff = CodeDiff(None, "tracking.log_diff=false")
+    elif now.dirty:
+        diff = code_diff()
+        if diff.patch is None and diff.left_out is None:  # submitted: the checkout is elsewhere
+            diff = CodeDiff(None, "not on this machine")
+        if diff.left_out:
+            console.warning(f"the code's changes are not stored with the run: {diff.left_out}")
+    tracker.log_provenance(now, diff)
 
 
 def _note_tracking(run: RunDirectory, tracker: Tracker, store: Store) -> bool:

@@ -98,6 +98,11 @@ class MlflowRun:
         if changed:
             self.client.set_tag(self.run_id, "tvq.changed_on_resume", ", ".join(changed))
 
+    def set_tags(self, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.run_id, tags=[RunTag(*tag) for tag in tags.items()])
+
     def log_dataset(self, fields: dict[str, str], context: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 

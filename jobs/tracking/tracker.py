@@ -1,12 +1,15 @@
 """The training's side of tracking: what it hands in, none of which ever fails or waits."""
 
+import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+from jobs.code_diff import CodeDiff
 from jobs.metric_spool import MetricPoint
+from jobs.provenance import Provenance
 from jobs.tracking.delivery import Delivery, Measurement
 from jobs.tracking.mlflow_run import MlflowRun
 from jobs.tracking.store import Store, load, reason, without_credentials
@@ -100,6 +103,30 @@ class Tracker:
         self.log_text("recipe/difference_from_defaults.yaml", difference)
         if long:
             self.log_text("recipe/long_parameters.json", json.dumps(long, indent=2))
+
+    def log_provenance(self, provenance: Provenance, diff: CodeDiff) -> None:
+        """Stores as tags what this start runs on, and the checkout's changes as an artifact.
+
+        The patch is named by its content, and the tag `tvq.git.diff` says which is this start's, or
+        why it has none; so a run that was resumed with other changes keeps both.
+        """
+        tags = {
+            "tvq.git.dirty": str(provenance.dirty).lower(),
+            "tvq.python": provenance.python,
+            **{f"tvq.version.{name}": value for name, value in provenance.versions.items()},
+            **{f"tvq.hardware.{name}": value for name, value in provenance.hardware.items()},
+        }
+        if provenance.commit:
+            tags["mlflow.source.git.commit"] = provenance.commit
+        said = "none"
+        if diff.left_out:
+            said = f"left out: {diff.left_out}"
+        elif diff.patch:
+            said = f"code/{hashlib.sha256(diff.patch).hexdigest()[:12]}.patch"
+            patch = diff.patch
+            self._queue(said, lambda: self._run.log_artifact(said, patch))
+        tags["tvq.git.diff"] = said
+        self._queue("what it runs on", lambda: self._run.set_tags(tags))
 
     def log_corpus(
         self,

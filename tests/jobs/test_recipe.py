@@ -116,6 +116,7 @@ OPERATIONAL = {
     "checkpoint.best_metric",
     "tracking.uri",
     "tracking.experiment",
+    "tracking.log_diff",
     "cluster.workers",
     "cluster.cpus_per_worker",
     "cluster.accelerator",

@@ -1,5 +1,6 @@
 """Tracking against a real MLflow store (SQLite), its failures included."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs.code_diff import CodeDiff
 from jobs.errors import UserError
 from jobs.metric_spool import MetricPoint, MetricSpool, segments
+from jobs.provenance import Provenance
 from jobs.tracking import reading
 from jobs.tracking.reading import add_to_run, history
 from jobs.tracking.store import Store, embedded_store
@@ -221,6 +224,31 @@ def test_the_recipe_is_stored_flat_and_whole_and_again_on_resume(store: Store, s
     assert data.params["new"] == "1"
     assert data.tags["tvq.changed_on_resume"] == "many.p1=5 (was 1)"
     assert artifact(store, run_id, "recipe/recipe.yaml") == b"model: other\n"
+
+
+def test_what_it_ran_on_are_tags_and_the_patch_of_each_start_is_kept(store: Store, start):
+    versions, hardware = {"jax": "0.10.2"}, {"cores": "2"}
+    first = Provenance("a" * 40, True, "3.11.9", versions, hardware)
+    tracker = start()
+    tracker.log_provenance(first, CodeDiff(b"diff \xff\n", None))
+    run_id = run_id_of(tracker)
+    assert tracker.finish("KILLED")
+    tags = client(store).get_run(run_id).data.tags
+    assert tags["mlflow.source.git.commit"] == "a" * 40
+    assert tags["tvq.git.dirty"] == "true"
+    assert tags["tvq.version.jax"] == "0.10.2"
+    assert tags["tvq.hardware.cores"] == "2"
+    patch = tags["tvq.git.diff"]
+    assert artifact(store, run_id, patch) == b"diff \xff\n"
+    again = start()
+    again.log_provenance(
+        dataclasses.replace(first, commit="b" * 40), CodeDiff(None, "line 7 of it looks like x")
+    )
+    assert again.finish("FINISHED")
+    tags = client(store).get_run(run_id).data.tags
+    assert tags["mlflow.source.git.commit"] == "b" * 40
+    assert tags["tvq.git.diff"] == "left out: line 7 of it looks like x"
+    assert artifact(store, run_id, patch) == b"diff \xff\n"
 
 
 def artifact(store: Store, run_id: str, name: str) -> bytes:
