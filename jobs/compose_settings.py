@@ -2,7 +2,7 @@
 
 from jobs import accelerators
 from jobs.kuberay import Job
-from jobs.kubernetes_pods import stop_seconds, worker_range
+from jobs.kubernetes_pods import stop_seconds
 
 
 def compose_settings(job: Job) -> dict[str, str]:
@@ -11,7 +11,7 @@ def compose_settings(job: Job) -> dict[str, str]:
     settings = {
         "TVQ_IMAGE": job.image,
         "TVQ_ACCELERATOR": cluster.accelerator,
-        "TVQ_WORKERS": str(worker_range(cluster)[1]),
+        "TVQ_WORKERS": str(cluster.most_workers),
         "TVQ_CPUS": str(cluster.cpus_per_worker),
         "TVQ_MEMORY": f"{cluster.memory_gib}G",
         "TVQ_STOP_GRACE": f"{stop_seconds(cluster)}s",

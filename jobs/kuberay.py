@@ -14,7 +14,6 @@ from jobs.kubernetes_pods import (
     labels,
     submitter_pod,
     worker_pod,
-    worker_range,
 )
 from jobs.recipe import Recipe
 
@@ -147,7 +146,7 @@ def job_spec(job: Job) -> Tree:
 def _cluster_spec(job: Job) -> Tree:
     cluster = job.recipe.cluster
     hosts = accelerators.slice_of(cluster).hosts if cluster.accelerator == "tpu" else 1
-    least, most = (workers // hosts for workers in worker_range(cluster))
+    least, most = (workers // hosts for workers in (cluster.least_workers, cluster.most_workers))
     return {
         "rayVersion": version("ray"),
         # The operator makes the token and hands it to every node.

@@ -58,12 +58,6 @@ HEAD = Size(cpus=2, memory_gib=8)
 _SUBMITTER = Size(cpus=0.5, memory_gib=1, disk_gib=1)
 
 
-def worker_range(cluster: ClusterConfig) -> tuple[int, int]:
-    """The fewest and the most workers that the training runs on."""
-    workers = cluster.workers
-    return (workers, workers) if isinstance(workers, int) else tuple(workers)
-
-
 def worker_size(cluster: ClusterConfig) -> Size:
     """Of a worker's pod, which holds one worker."""
     devices = None

@@ -64,7 +64,7 @@ class ScoringOnRay:
         cluster: ClusterConfig,
         stack: contextlib.ExitStack,
     ) -> None:
-        """Starts `cluster.workers` workers, which live until the stack is closed.
+        """Starts `cluster.most_workers` workers, which live until the stack is closed.
 
         A worker that is lost starts again, up to `cluster.max_restarts` times, and its batch is
         scored anew.
@@ -73,7 +73,7 @@ class ScoringOnRay:
             UserError: there is no place for them, or the checkpoint is damaged.
         """
         stack.enter_context(
-            ray_session(cluster.address, cpus=cluster.workers * cluster.cpus_per_worker)
+            ray_session(cluster.address, cpus=cluster.most_workers * cluster.cpus_per_worker)
         )
         import ray
 
@@ -91,7 +91,7 @@ class ScoringOnRay:
         }
         actor: Any = ray.remote(_Worker).options(**options)
         self._workers: list[Any] = [
-            actor.remote(run.location, update, job) for _ in range(cluster.workers)
+            actor.remote(run.location, update, job) for _ in range(cluster.most_workers)
         ]
         self._devices = devices
         for worker in self._workers:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jobs import accelerators
 from jobs.kuberay import Job
-from jobs.kubernetes_pods import worker_range, worker_size
+from jobs.kubernetes_pods import worker_size
 from jobs.recipe import ClusterConfig
 from model.config import ConfigError
 
@@ -26,7 +26,7 @@ def ray_up(job: Job) -> list[dict[str, Any]]:
     """The one document. PROJECT, REGION and ZONE are the site's: replace them."""
     cluster = job.recipe.cluster
     tpu = cluster.accelerator == "tpu"
-    groups = worker_range(cluster)[1] // (accelerators.slice_of(cluster).hosts if tpu else 1)
+    groups = cluster.most_workers // (accelerators.slice_of(cluster).hosts if tpu else 1)
     environment = "TVQ_ROOT=gs://PROJECT-tvq-runs/runs"
     docker: dict[str, Any] = {
         "head_image": f"{job.image}-cpu",

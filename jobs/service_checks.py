@@ -19,7 +19,6 @@ from pathlib import Path
 
 from jobs import accelerators
 from jobs.doctor import Finding
-from jobs.kubernetes_pods import worker_range
 from jobs.recipe import ClusterConfig
 from pipeline.errors import CorpusError
 from pipeline.storage import Location, is_url, open_store
@@ -217,7 +216,7 @@ def room(
         int(min(node.get(name, 0.0) // amount for name, amount in asked.items())) for node in nodes
     )
     each = ", ".join(f"{name} {amount:g}" for name, amount in asked.items())
-    needed, _ = worker_range(cluster)
+    needed = cluster.least_workers
     if fit >= needed:
         return Finding("ray", f"{found}; room for {needed} workers of {each}")
     return Finding(

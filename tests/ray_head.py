@@ -63,7 +63,7 @@ def ray_head(folder: Path, *, token: str | None = None) -> Iterator[RayHead]:
         yield RayHead(url, environment, str(folder))
     finally:
         # Its processes are in its process group; the dashboard's agents outlive the head.
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(head.pid, signal.SIGTERM)
             head.wait(30)
         with contextlib.suppress(ProcessLookupError):

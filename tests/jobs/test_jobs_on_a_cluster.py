@@ -89,10 +89,10 @@ def test_the_wheel_alone_lies_where_the_job_runs(head, workplace):
 
 
 def test_a_failure_has_its_exit_code_and_the_reason_first(head, workplace):
-    output = submit(head, workplace, "broken", "data.sequence_length=48", code=2)
+    output = submit(head, workplace, "broken", "data.corpus=nowhere", code=2)
     reason = output.split("failed with exit code 2\n", 1)[1].splitlines()[0]
     assert reason.strip().startswith("error: ")
-    assert "update_length" in reason
+    assert "nowhere" in reason
     tvq(head, workplace, "jobs", "wait", job_of(output), code=2)
     assert tvq(head, workplace, "jobs", "status", job_of(output), code=4) == "failed\n"
 
