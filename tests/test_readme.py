@@ -68,8 +68,21 @@ def test_python_compiles():
 
 
 def test_files_that_it_names_are_there():
-    for target in re.findall(r"\]\(([^):]+)\)", README) + re.findall(r"`(\w+/[\w/]+\.py)`", README):
+    targets = re.findall(r"\]\(([^):#]+)\)", README) + re.findall(r"`(\w+/[\w/]+\.py)`", README)
+    assert len(targets) > 20
+    for target in targets:
         assert (REPOSITORY / target).exists(), target
+    # `tests/jobs/test_a.py`, `test_b.py`
+    for name in re.findall(r"`(test_\w+\.py)`", README):
+        assert list((REPOSITORY / "tests").rglob(name)), name
+
+
+def test_sections_that_it_names_are_there():
+    titles = re.findall(r"^## (.+)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w ]", "", title).lower().replace(" ", "-") for title in titles}
+    named = re.findall(r"\]\(#([^)]+)\)", README)
+    assert len(named) > 5
+    assert set(named) <= anchors
 
 
 def test_masking_keeps_what_it_should():
