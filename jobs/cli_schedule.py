@@ -221,14 +221,14 @@ def serve(
 @schedule.command(
     epilog="""\b
 Examples:
-  tvq schedule tick nightly                 as the command of a CronJob of the cluster"""
+  tvq schedule tick nightly                 as a line of a crontab"""
 )
 @click.argument("name")
 @address_option
 @request_options
 @root_option
 def tick(name: str, root: Root, address: str | None, **options: Any) -> None:
-    """Run what is due of NAME and end with it: for a cluster's own cron.
+    """Run what is due of NAME and end with it: for a cron of your own, in a daemon's place.
 
     Which tick that is follows from the expression, not from the time at which this is called; a
     tick that a daemon or another call has claimed is not run again.

@@ -134,7 +134,7 @@ Examples:
 @address_option
 @json_option
 def status(job: str, address: str, as_json: bool) -> None:
-    """Print JOB's status. Exits with 4 if it failed or was stopped."""
+    """Print JOB's status. Exits with 0 while it runs, then with its exit code (6: stopped)."""
     from jobs.jobs_commands import status_command
 
     sys.exit(status_command(address, job, console=console(as_json), as_json=as_json))
@@ -179,7 +179,7 @@ Examples:
 @click.option("--limit", type=click.FloatRange(0), help="Seconds after which to exit with 3.")
 @address_option
 def wait(job: str, limit: float | None, address: str) -> None:
-    """Wait until JOB has ended, and exit with its exit code."""
+    """Wait until JOB has ended, and exit with its exit code (6: stopped)."""
     from jobs.jobs_commands import wait_command
 
     sys.exit(wait_command(address, job, limit_seconds=limit, console=console()))

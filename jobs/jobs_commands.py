@@ -5,7 +5,7 @@ import time
 from jobs.console import Console, clock_time
 from jobs.errors import ExitCode, UserError
 from jobs.ray_jobs import Job, RayJobs
-from jobs.submit import STOP_MARGIN_SECONDS, ended, follow
+from jobs.submit import STOP_MARGIN_SECONDS, ended, exit_code, follow
 
 _POLL_SECONDS = 1.0
 
@@ -27,13 +27,13 @@ def list_command(address: str, *, every: bool, console: Console, as_json: bool) 
 
 
 def status_command(address: str, job_id: str, *, console: Console, as_json: bool) -> int:
-    """Prints a job's status. The exit code is 0 while it runs and if it succeeded."""
+    """Prints a job's status. The exit code is 0 while it runs, then that of `wait`."""
     job = RayJobs(address).get(job_id)
     if as_json:
         console.json(_fields(job))
     else:
         console.result(job.status.lower())
-    return ExitCode.OK if job.is_running or job.status == "SUCCEEDED" else ExitCode.FAILED
+    return ExitCode.OK if job.is_running else exit_code(job)
 
 
 def logs_command(address: str, job_id: str, *, following: bool, console: Console) -> int:

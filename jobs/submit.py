@@ -134,18 +134,26 @@ def follow(jobs: RayJobs, job_id: str, console: Console) -> ExitCode | int:
     return ended(jobs, job, console)
 
 
+def exit_code(job: Job) -> ExitCode | int:
+    """What `tvq` exited with in a job that has ended."""
+    if job.status == "SUCCEEDED":
+        return ExitCode.OK
+    if job.status == "STOPPED":
+        return ExitCode.PREEMPTED
+    return job.exit_code or ExitCode.FAILED
+
+
 def ended(jobs: RayJobs, job: Job, console: Console) -> ExitCode | int:
-    """Tells how a job ended, the reason first; returns the exit code of `tvq` in it."""
+    """Tells how a job ended, the reason first; returns its exit code."""
+    code = exit_code(job)
     if job.status == "SUCCEEDED":
         console.line(f"{job.submission_id}: succeeded")
-        return ExitCode.OK
-    code = job.exit_code if job.exit_code else ExitCode.FAILED
-    if job.status == "STOPPED":
+    elif job.status == "STOPPED":
         console.warning(f"{job.submission_id}: stopped; submit it again to go on")
-        return ExitCode.PREEMPTED
-    console.warning(f"{job.submission_id}: failed with exit code {int(code)}")
-    for line in failure(jobs.log(job.submission_id)) or [job.message]:
-        console.warning(f"  {line}")
+    else:
+        console.warning(f"{job.submission_id}: failed with exit code {int(code)}")
+        for line in failure(jobs.log(job.submission_id)) or [job.message]:
+            console.warning(f"  {line}")
     return code
 
 

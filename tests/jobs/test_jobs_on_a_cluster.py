@@ -95,7 +95,7 @@ def test_a_failure_has_its_exit_code_and_the_reason_first(head, workplace):
     assert reason.strip().startswith("error: ")
     assert "nowhere" in reason
     tvq(head, workplace, "jobs", "wait", job_of(output), code=2)
-    assert tvq(head, workplace, "jobs", "status", job_of(output), code=4) == "failed\n"
+    assert tvq(head, workplace, "jobs", "status", job_of(output), code=2) == "failed\n"
 
 
 def test_ctrl_c_detaches_stop_saves_and_the_same_command_resumes(head, workplace):

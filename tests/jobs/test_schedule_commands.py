@@ -77,6 +77,9 @@ def test_a_schedule_from_its_beginning_to_its_end(workplace: Path, capsys):
         ((*ADD, "--alert-command", "a", "--alert-webhook", "http://x/"), "give one"),
         (("schedule", "next", "nobody"), "`tvq schedule add` makes one"),
         (("schedule", "tick", "nobody"), "`tvq schedule add` makes one"),
+        (("schedule", "serve", "--address", "http://head.example:8265"), "does not see it"),
+        (("schedule", "serve", "--address", "http://127.0.0.1:9", "--env", "MY_TOKEN=1"), "secret"),
+        (("schedule", "serve", "--env", "A=1"), "give --address too"),
     ],
 )
 def test_mistakes(workplace: Path, capsys, arguments, expected):
