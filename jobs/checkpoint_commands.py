@@ -107,6 +107,7 @@ def prune_command(root: Location, name: str, *, console: Console, as_json: bool)
         for update in unfinished:
             remove(run, update)
         retired = retire(run, policy)
+        _mark_deleted(run, console)
     if as_json:
         console.json({"retired": retired, "unfinished": unfinished})
         return
@@ -122,6 +123,22 @@ def pin_command(root: Location, name: str, update: int, wanted: bool, *, console
     run = RunDirectory.existing(root, name)
     pin(run, update, wanted)
     console.line(f"update {update:,} is {'' if wanted else 'no longer '}pinned")
+
+
+def _mark_deleted(run: RunDirectory, console: Console) -> None:
+    """In MLflow, what is not there any more; a store that does not answer undoes no removal."""
+    from jobs.tracking.checkpoint_models import mark_deleted_in
+    from jobs.train import store_of_run
+
+    record = run.record()
+    if record is None or record.mlflow_run_id is None:
+        return
+    present = {manifest.update for manifest in complete_checkpoints(run)}
+    present.update(unfinished_updates(run))
+    try:
+        mark_deleted_in(store_of_run(run).uri, record.mlflow_run_id, present)
+    except UserError as error:
+        console.warning(f"not marked as deleted in MLflow: {error}")
 
 
 def _described(manifest: CheckpointManifest, pinned: bool) -> dict:

@@ -3,14 +3,14 @@
 import io
 import logging
 import os
-from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from jobs.comparison import EVAL_BITS, EVAL_LOSS, TRAIN_LOSS, Comparison, CurvePoint
+from jobs.figure_style import STYLE, running_mean
 from jobs.palette import PALETTE
 from jobs.seed_groups import SEED, is_finite
 
@@ -25,22 +25,6 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _AXES = {"step": "update", "tokens": "tokens trained on", "hours": "hours since the run began"}
 _GRID = 400
 """Points of a curve at which the runs of a group, whose x differ, are averaged."""
-_STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.labelsize": 8,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.5,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.3,
-    "svg.hashsalt": "tvq",  # else the names in an SVG are random
-}
 
 
 class _Band(NamedTuple):
@@ -87,7 +71,7 @@ def _rendered(comparison: Comparison, form: str) -> bytes:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib import rc_context
 
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = _figure(comparison)
         file = io.BytesIO()
         metadata = {"Date": None} if form == "svg" else {}
@@ -258,7 +242,7 @@ def _split(curve: list[CurvePoint]) -> tuple[npt.NDArray, npt.NDArray]:
 
 def _smoothed(curve: list[CurvePoint], window: int) -> tuple[npt.NDArray, npt.NDArray]:
     x, values = _split(curve)
-    return x, np.array(_running_mean(values.tolist(), window))
+    return x, np.array(running_mean(values.tolist(), window))
 
 
 def _band(curves: list[tuple[npt.NDArray, npt.NDArray]], at: npt.NDArray | None = None) -> _Band:
@@ -282,17 +266,3 @@ def _band(curves: list[tuple[npt.NDArray, npt.NDArray]], at: npt.NDArray | None 
         x = np.linspace(begin, end, _GRID) if at is None else at[(at >= begin) & (at <= end)]
         rows = np.stack([np.interp(x, *curve) for curve in curves])
     return _Band(x, rows.mean(axis=0), rows.min(axis=0), rows.max(axis=0))
-
-
-def _running_mean(values: list[float], window: int) -> list[float]:
-    """Mean over the last `window` values up to each, those that are NaN left out."""
-    recent: deque[float] = deque()
-    total, count, means = 0.0, 0, []
-    for value in values:
-        recent.append(value)
-        if not np.isnan(value):
-            total, count = total + value, count + 1
-        if len(recent) > window and not np.isnan(oldest := recent.popleft()):
-            total, count = total - oldest, count - 1
-        means.append(total / count if count else float("nan"))
-    return means

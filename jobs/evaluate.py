@@ -33,6 +33,7 @@ from jobs.evaluation_report import print_evaluation
 from jobs.host_memory import keep_freed_memory
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
+from jobs.run_figures import positions_png
 from jobs.score_dump import ScoreDump
 from jobs.scoring import Job, batches, rows_of
 from jobs.tally import Tally, cut_documents, whole_documents
@@ -336,7 +337,7 @@ def _track(
     yardstick: Yardsticks,
     console: Console,
 ) -> None:
-    from jobs.tracking.reading import add_to_run
+    from jobs.tracking.adding import add_artifact, add_to_run
     from jobs.train import store_of_run
 
     record = run.record()
@@ -361,6 +362,12 @@ def _track(
     if len(figures.corpora) > 1:
         values |= {f"{name}/{corpus}/bits_per_byte": b for corpus, b in figures.corpora.items()}
     try:
-        add_to_run(store_of_run(run).uri, record.mlflow_run_id, values, figures.update)
+        uri = store_of_run(run).uri
+        add_to_run(uri, record.mlflow_run_id, values, figures.update)
+        picture = positions_png(
+            figures.positions, f"{run.name}, {name} split, update {figures.update:,}"
+        )
+        plot = f"plots/loss_by_position_{name}_{figures.update:08d}.png"
+        add_artifact(uri, record.mlflow_run_id, plot, picture)
     except UserError as error:  # the figures stand, whatever the tracking server does
         console.warning(f"the figures are not in MLflow: {error}")

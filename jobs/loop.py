@@ -19,6 +19,7 @@ from jobs.compile_cache import use_compile_cache
 from jobs.fallback import Fallback
 from jobs.global_batch import GlobalBatch
 from jobs.goodput import Goodput
+from jobs.host_load import HostLoad
 from jobs.host_memory import keep_freed_memory
 from jobs.init_from import first_state
 from jobs.lease import Fence
@@ -125,6 +126,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
     fallback = Fallback(run, recipe, programs)
     profile = ProfileTrace(run, training.profile if primary else None)
     watched = RayMetrics(run, recorder.latest) if primary else None
+    host = HostLoad()
     goodput.begin_at(update)
     run_log.event("state ready", update=update, restored=restored is not None)
 
@@ -184,7 +186,9 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
                             last=last or bool(stopped),
                         )
                     goodput.saved(update)
-                recorder.figures(update, writer.figures() | goodput.values() | memory_use())
+                recorder.figures(
+                    update, writer.figures() | goodput.values() | memory_use() | host.values()
+                )
         recorder.flush()
     run_log.event("group end", update=update, stopped=stopped.name)
     early = stopped if update < training.steps else StopReason.NONE

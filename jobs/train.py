@@ -9,7 +9,12 @@ from typing import NamedTuple
 
 from jobs import recipe as recipes
 from jobs import run_log
-from jobs.checkpoint_manifest import checkpoint_store, complete_checkpoints, newest_update
+from jobs.checkpoint_manifest import (
+    checkpoint_store,
+    complete_checkpoints,
+    newest_update,
+    unfinished_updates,
+)
 from jobs.code_diff import CodeDiff, code_diff
 from jobs.console import Console
 from jobs.errors import ExitCode, UserError
@@ -19,6 +24,7 @@ from jobs.metric_spool import MetricPoint
 from jobs.provenance import note_start, provenance
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
+from jobs.run_figures import CURVES, curves_png
 from jobs.settled import begin_or_resume, changed_fields, with_corpora
 from jobs.stopping import StopReason, StopRequests
 from jobs.tracking.store import Store, embedded_store, without_credentials
@@ -117,6 +123,8 @@ def train(
                     run, recipe, loop, lease, tracker, store, console, stops, on_points
                 )
             status = "KILLED" if outcome.stopped else "FINISHED"
+            if not outcome.stopped:
+                tracker.log_curves("plots/curves.png", CURVES, curves_png)
         except KeyboardInterrupt:
             status, patience = "KILLED", 5.0
             raise
@@ -280,6 +288,7 @@ def _supervise(
     rate: float | None = None
     shown = newest_update(run)
     tracked: set[int] = set()
+    present: set[int] = set()
 
     def show(points: list[MetricPoint]) -> None:
         nonlocal shown, rate
@@ -300,7 +309,9 @@ def _supervise(
     def track(*, last: bool = False) -> None:
         nonlocal noted
         noted = noted or _note_tracking(run, tracker, store)
-        for manifest in complete_checkpoints(run if last else watched):
+        folder = run if last else watched
+        manifests = complete_checkpoints(folder)
+        for manifest in manifests:
             # Its evaluation is in the spool before it is committed, and shown soon after.
             if manifest.update not in tracked and (manifest.update <= shown or last):
                 where = checkpoint_store(run, manifest.update).location
@@ -308,6 +319,13 @@ def _supervise(
                 metrics = evaluations.get(manifest.update, {})
                 tracker.log_checkpoint(manifest.update, uri, metrics)
                 tracked.add(manifest.update)
+        if last or present - {manifest.update for manifest in manifests}:
+            # What has files left is damaged, or about to be gone: not for us to call deleted.
+            now = {manifest.update for manifest in manifests} | {*unfinished_updates(folder)}
+            tracker.log_present(now)
+            present.clear()
+            present.update(now)
+        present.update(manifest.update for manifest in manifests)
 
     def look() -> None:
         nonlocal groups, outage

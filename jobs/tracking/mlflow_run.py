@@ -4,11 +4,12 @@ import contextlib
 import functools
 import getpass
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.palette import PALETTE
+from jobs.tracking.checkpoint_models import UPDATE_TAG, mark_deleted
 from jobs.tracking.delivery import Measurement, Refusal
 from jobs.tracking.store import Store, one_process_creates, reason, without_credentials
 
@@ -116,6 +117,10 @@ class MlflowRun:
             path.write_bytes(content)
             self.client.log_artifact(self.run_id, str(path), folder or None)
 
+    def history(self, metric: str) -> list[tuple[int, float]]:
+        found = self.client.get_metric_history(self.run_id, metric)
+        return [(one.step, one.value) for one in sorted(found, key=lambda m: (m.step, m.timestamp))]
+
     def log_checkpoint(self, update: int, uri: str, metrics: list[Measurement]) -> None:
         from mlflow.entities import LoggedModelOutput
 
@@ -130,7 +135,7 @@ class MlflowRun:
                 self.experiment_id,
                 name=name,
                 source_run_id=self.run_id,
-                tags={"tvq.checkpoint_uri": without_credentials(uri), "tvq.update": str(update)},
+                tags={"tvq.checkpoint_uri": without_credentials(uri), UPDATE_TAG: str(update)},
                 model_type="transformer-vq",
             )
         )
@@ -145,6 +150,9 @@ class MlflowRun:
             one.model_id for one in (outputs.model_outputs if outputs else ())
         }:
             client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, update)])
+
+    def mark_deleted(self, present: Collection[int]) -> None:
+        mark_deleted(self.client, self.experiment_id, self.run_id, present)
 
     def _log(self, measurements: list[Measurement], model_id: str | None = None) -> None:
         from mlflow.entities import Metric

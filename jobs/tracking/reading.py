@@ -1,8 +1,7 @@
-"""Reading runs back, and adding to those that have ended, for the commands."""
+"""Reading runs back, for the commands."""
 
 import contextlib
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -89,23 +88,6 @@ def points(uri: str, run_id: str, metric: str) -> list[Point]:
         found = client.get_metric_history(run_id, metric)
         by_step = sorted(found, key=lambda m: (m.step, m.timestamp))
         return [Point(m.step, m.value, m.timestamp) for m in by_step]
-
-
-def add_to_run(uri: str, run_id: str, values: Mapping[str, float], step: int) -> None:
-    """Adds metrics to a run that has ended; what it holds at that step already is not repeated.
-
-    Raises UserError if the store does not answer or has no such run.
-    """
-    time_ms = time.time_ns() // 1_000_000
-    with reading(uri) as client:
-        from mlflow.entities import Metric
-
-        new = [
-            Metric(name, float(value), time_ms, step)
-            for name, value in values.items()
-            if all(stored.step != step for stored in client.get_metric_history(run_id, name))
-        ]
-        client.log_batch(run_id, metrics=new)
 
 
 @contextlib.contextmanager

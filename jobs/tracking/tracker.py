@@ -4,13 +4,13 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
 from jobs.code_diff import CodeDiff
 from jobs.metric_spool import MetricPoint
 from jobs.provenance import Provenance
-from jobs.tracking.delivery import Delivery, Measurement
+from jobs.tracking.delivery import Delivery, Measurement, Refusal
 from jobs.tracking.mlflow_run import MlflowRun
 from jobs.tracking.store import Store, load, reason, without_credentials
 from pipeline.storage import Location
@@ -20,6 +20,8 @@ _LONGEST_DIGEST = 36
 _logger = logging.getLogger("tvq.tracking")
 
 Scalar = str | int | float | bool | None
+Drawing = Callable[[Mapping[str, Sequence[tuple[int, float]]]], bytes]
+"""From (step, value) by step, of each metric, to a picture."""
 
 
 class Tracker:
@@ -162,6 +164,23 @@ class Tracker:
         """Stores a text as artifact `name`, over an earlier one."""
         self._queue(name, lambda: self._run.log_artifact(name, text.encode()))
 
+    def log_curves(self, name: str, metrics: Sequence[str], draw: Drawing) -> None:
+        """Stores `draw` of the run's metrics as artifact `name`, once all points are stored.
+
+        The curves are read back from MLflow, so those of earlier starts are in them. A drawing that
+        fails is said and left out.
+        """
+
+        def send() -> None:
+            curves = {metric: self._run.history(metric) for metric in metrics}
+            try:
+                picture = draw(curves)
+            except Exception as error:
+                raise Refusal(reason(error)) from error
+            self._run.log_artifact(name, picture)
+
+        self._queue(name, send)
+
     def log_checkpoint(self, update: int, uri: str, metrics: Mapping[str, float]) -> None:
         """Stores a checkpoint as LoggedModel, by reference: its URI, its update, its metrics.
 
@@ -171,6 +190,11 @@ class Tracker:
         time_ms = time.time_ns() // 1_000_000
         held = [Measurement(name, float(value), time_ms, update) for name, value in metrics.items()]
         self._queue(f"checkpoint {update}", lambda: self._run.log_checkpoint(update, uri, held))
+
+    def log_present(self, updates: Collection[int]) -> None:
+        """Marks the LoggedModels of all other checkpoints as deleted; their metrics stay."""
+        present = frozenset(updates)
+        self._queue("which checkpoints were deleted", lambda: self._run.mark_deleted(present))
 
     def finish(self, status: str, limit_s: float = 60.0) -> bool:
         """Sends what is left, then ends the run as FINISHED, FAILED or KILLED.

@@ -24,7 +24,8 @@ from jobs.comparison_report import page
 from jobs.errors import UserError
 from jobs.metric_spool import MetricPoint, MetricSpool
 from jobs.seed_spread import Conclusion
-from jobs.tracking.reading import add_to_run, find_runs
+from jobs.tracking.adding import add_to_run
+from jobs.tracking.reading import find_runs
 from jobs.tracking.store import embedded_store
 from jobs.tracking.tracker import Tracker
 

@@ -18,7 +18,9 @@ from jobs.errors import UserError
 from jobs.metric_spool import MetricPoint, MetricSpool, segments
 from jobs.provenance import Provenance
 from jobs.tracking import reading
-from jobs.tracking.reading import add_to_run, history
+from jobs.tracking.adding import add_artifact, add_to_run
+from jobs.tracking.checkpoint_models import mark_deleted_in, models_of_run
+from jobs.tracking.reading import history
 from jobs.tracking.store import Store, embedded_store
 from jobs.tracking.tracker import Tracker
 
@@ -306,6 +308,34 @@ def test_a_checkpoint_is_a_model_by_reference_and_its_metrics_stay_single(
     evaluations = [(10, loss(10) * 2), (20, loss(20) * 2)]
     assert history(store.uri, run_id, "eval/bits_per_byte") == evaluations
     assert len(history(store.uri, run_id, "eval/extra")) == 1
+
+
+def test_a_deleted_checkpoint_is_marked_and_an_evaluation_is_linked_to_its_own(store: Store, start):
+    tracker = start()
+    for update in (10, 20, 30):
+        tracker.log_checkpoint(update, f"file:///{update}", {"eval/bits_per_byte": 1.0})
+    tracker.log_present({20, 30})
+    run_id = run_id_of(tracker)
+    assert tracker.finish("FINISHED")
+
+    def models():
+        return models_of_run(client(store), experiment_of(store, run_id), run_id)
+
+    def deleted() -> set[int]:
+        return {update for update, one in models().items() if "tvq.deleted" in one.tags}
+
+    assert deleted() == {10}
+    assert [one.key for one in models()[10].metrics or []] == ["eval/bits_per_byte"]
+    mark_deleted_in(store.uri, run_id, {10, 30})
+    assert deleted() == {20}
+    for _ in range(2):
+        add_to_run(store.uri, run_id, {"test/bits_per_byte": 2.0, "eval/bits_per_byte": 9.0}, 30)
+    values = {one.key: (one.value, one.step) for one in models()[30].metrics or []}
+    assert values == {"eval/bits_per_byte": (1.0, 30), "test/bits_per_byte": (2.0, 30)}
+    assert "test/bits_per_byte" not in {one.key for one in models()[20].metrics or []}
+    assert history(store.uri, run_id, "test/bits_per_byte") == [(30, 2.0)]
+    add_artifact(store.uri, run_id, "plots/x.png", b"picture")
+    assert artifact(store, run_id, "plots/x.png") == b"picture"
 
 
 def test_texts_of_the_driver_and_metrics_added_after_the_end(store: Store, start):
