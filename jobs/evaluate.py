@@ -37,7 +37,7 @@ from jobs.run_figures import positions_png
 from jobs.score_dump import ScoreDump
 from jobs.scoring import Job, batches, rows_of
 from jobs.tally import Tally, cut_documents, whole_documents
-from jobs.trained_model import load_checkpoint, refuse_other_text
+from jobs.trained_model import damage_on_stderr, load_checkpoint, refuse_other_text
 from jobs.units import NATS_PER_BIT
 from jobs.yardsticks import Yardsticks, yardsticks
 from pipeline.document_table import DocumentTable, document_table
@@ -93,7 +93,8 @@ def evaluate_run(
             the run was begun on.
         CorpusError: the corpus is damaged, or a window of T cannot hold a document.
     """
-    checkpoint = manifest_of(run, update)
+    with damage_on_stderr():
+        checkpoint = manifest_of(run, update)
     recipe = recipes.from_yaml(checkpoint.recipe, f"the recipe of run {run.name}")
     mixture = Mixture.load(recipe.data.corpora)
     refuse_other_text(run, mixture, split, checkpoint.fingerprints[split])

@@ -1,6 +1,8 @@
 """A run's newest intact checkpoint, loaded into this process to score or write text."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import click
@@ -49,6 +51,19 @@ def refuse_other_text(run: RunDirectory, mixture: Mixture, split: str, recorded:
         )
 
 
+@contextlib.contextmanager
+def damage_on_stderr() -> Iterator[None]:
+    """What the body finds damaged, and passes over, is named on stderr."""
+    shown = logging.Handler(logging.WARNING)
+    shown.emit = lambda record: click.echo(f"warning: {record.getMessage()}", err=True)
+    logger = logging.getLogger("tvq")
+    logger.addHandler(shown)
+    try:
+        yield
+    finally:
+        logger.removeHandler(shown)
+
+
 def load_trained_model(run: RunDirectory) -> TrainedModel:
     """Restores, verified, onto the first device of this process.
 
@@ -57,14 +72,8 @@ def load_trained_model(run: RunDirectory) -> TrainedModel:
     Raises:
         UserError: the run has no checkpoint yet, or none that is intact.
     """
-    shown = logging.Handler(logging.WARNING)
-    shown.emit = lambda record: click.echo(f"warning: {record.getMessage()}", err=True)
-    logger = logging.getLogger("tvq")
-    logger.addHandler(shown)
-    try:
+    with damage_on_stderr():
         return _load(run)
-    finally:
-        logger.removeHandler(shown)
 
 
 def _load(run: RunDirectory) -> TrainedModel:

@@ -234,6 +234,7 @@ def test_ray_that_is_away(tmp_path: Path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_that_is_there_and_too_small():
     """A real cluster on loopback."""
     # Another process: a test's own Ray session would be asked instead.

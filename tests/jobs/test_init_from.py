@@ -177,7 +177,7 @@ def test_the_fields_that_shape_the_arrays_are_all_of_them():
     base = ModelConfig(n_heads=2)
     others = {
         "d_feed_forward": 64, "n_kv_heads": 1, "gradient_block": 64, "block_length": 64,
-        "attention_form": "parallel", "dtype": "bfloat16",
+        "attention_form": "parallel", "dtype": "bfloat16", "remat_keeps": "products",
     }  # fmt: skip
     for field in dataclasses.fields(ModelConfig):
         value = getattr(base, field.name)
@@ -186,7 +186,9 @@ def test_the_fields_that_shape_the_arrays_are_all_of_them():
             other = not value
         elif other is None:
             other = 0.5 if isinstance(value, float) else 2 * value or 1
-        needs = {"gradient_block": 128} if field.name == "gradient_through_cache" else {}
+        needs = {
+            "gradient_through_cache": {"gradient_block": 128}, "remat_keeps": {"remat": True},
+        }.get(field.name, {})  # fmt: skip
         changed = dataclasses.replace(base, **{field.name: other}, **needs)
         told = init_from.shaping(changed) != init_from.shaping(base)
         assert told == (shapes(changed) != shapes(base)), field.name
