@@ -132,7 +132,7 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
-def by_row(x: jax.Array) -> jax.Array:
+def by_row(x: Any) -> Any:
     """Activations, rows first: each device keeps to its own, and has them whole.
 
     Left alone, XLA takes the split of the parameters' axes over to the activations, and each device
