@@ -18,6 +18,8 @@ from jobs.run_directory import RunDirectory
 
 PACKAGES = ("tvq", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ray", "mlflow")
 """Those whose version can change a result or its format."""
+COMMIT = "TVQ_COMMIT"
+"""The variable in which a submitted job is told its commit, with `+changes` if there were any."""
 _CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -58,7 +60,7 @@ class Provenance:
 
 def provenance() -> Provenance:
     """Of this process. Imports nothing heavy, and asks `git` where there is one."""
-    given, plus, _ = os.environ.get("TVQ_COMMIT", "").partition("+")  # by `tvq submit`
+    given, plus, _ = os.environ.get(COMMIT, "").partition("+")
     commit = given or _git("rev-parse", "HEAD")
     changed = plus or (_git("status", "--porcelain", "--untracked-files=no") if commit else None)
     return Provenance(

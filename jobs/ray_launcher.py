@@ -1,11 +1,11 @@
 """Where a tick's flow is run: jobs of a Ray cluster."""
 
-import hashlib
 from collections.abc import Sequence
 
 from jobs.launchers import State
+from jobs.provenance import COMMIT
 from jobs.ray_jobs import RayJobs
-from jobs.submit import ENTRYPOINT, Request, job_variables, seen_root, seen_tracking, stated_commit
+from jobs.submit import ENTRYPOINT, Request, job_variables, root_mark, seen_root, seen_tracking
 from jobs.wheel import Wheel, built_wheel
 from pipeline.storage import Location
 
@@ -50,7 +50,7 @@ class RayLauncher:
                 "tvq_run": submission_id,
                 "tvq_root": self._root,
                 "tvq_grace_seconds": str(_GRACE_SECONDS),
-                "tvq_commit": stated_commit(),
+                "tvq_commit": variables[COMMIT],
             },
             cpus=self._request.cpus,
             resources=self._request.driver_resources(),
@@ -74,5 +74,4 @@ class RayLauncher:
         return f"tvq jobs logs {self._job_id(submission_id)} --address {self._jobs.address}"
 
     def _job_id(self, submission_id: str) -> str:
-        # Schedules of other roots have the same names, and one cluster may serve both.
-        return f"tvq-{submission_id}-{hashlib.sha256(self._root.encode()).hexdigest()[:8]}"
+        return f"tvq-{submission_id}-{root_mark(self._root)}"

@@ -19,11 +19,12 @@ from jobs import submitted
 from jobs.console import Console
 from jobs.errors import ExitCode, UserError
 from jobs.job_failure import failure
-from jobs.provenance import provenance
+from jobs.provenance import COMMIT, provenance
 from jobs.ray_jobs import Job, RayJobs
 from jobs.recipe import Recipe
 from jobs.render import stated_text
 from jobs.run_directory import RunDirectory
+from jobs.tracking.store import without_credentials
 from jobs.wheel import Wheel, built_wheel
 from pipeline.storage import Location, is_url, open_store
 
@@ -104,7 +105,13 @@ def submit_command(
     """
     recipe, root = settled(recipes.load(recipe_name, overrides), root, request)
     RunDirectory.at(root, name)  # refuses what is no name
-    variables = request.environment()
+    variables = job_variables(
+        ["train", submitted.RECIPE, "--run", name, "--root", str(root)],
+        stated_text(recipe),
+        request,
+        request.environment(),
+        recipe.cluster.grace_seconds,
+    )
     wheel = built_wheel()
     _show_upload(console, wheel, recipe, root, name, variables, request)
     if dry:
@@ -212,7 +219,7 @@ def seen_tracking(request: Request, stated: str | None) -> str | None:
         UserError: it holds a password, or the cluster does not see it.
     """
     uri = stated or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri and "@" in uri.partition("://")[2].partition("/")[0]:
+    if uri and without_credentials(uri) != uri:
         raise UserError(
             "MLFLOW_TRACKING_URI: holds a password, which Ray would show to all who see its jobs;"
             " leave it out and give --secret MLFLOW_TRACKING_USERNAME --secret"
@@ -229,7 +236,7 @@ def job_variables(
     recipe: str | None,
     request: Request,
     given: Mapping[str, str],
-    grace_seconds: float,
+    grace_seconds: int,
 ) -> dict[str, str]:
     """The environment of a job that runs `tvq`.
 
@@ -240,19 +247,19 @@ def job_variables(
         given: what the user or the recipe adds.
         grace_seconds: that a save has after SIGTERM.
     """
+    commit = provenance()
     return {
         **given,
         submitted.VARIABLE: submitted.encode(arguments, recipe, request.secrets),
-        "TVQ_COMMIT": stated_commit(),
+        COMMIT: f"{commit.commit}{'+changes' if commit.dirty else ''}" if commit.commit else "",
         "RAY_JOB_STOP_WAIT_TIME_S": str(grace_seconds + STOP_MARGIN_SECONDS),
         "PYTHONUNBUFFERED": "1",
     }
 
 
-def stated_commit() -> str:
-    """The commit of the code that is running; empty where it is not known."""
-    commit = provenance()
-    return f"{commit.commit}{'+changes' if commit.dirty else ''}" if commit.commit else ""
+def root_mark(root: Location) -> str:
+    """Of a job's id: one cluster may serve several roots, with runs of the same names."""
+    return hashlib.sha256(str(root).encode()).hexdigest()[:8]
 
 
 def _start(
@@ -265,22 +272,15 @@ def _start(
     request: Request,
 ) -> tuple[str, bool]:
     """The id of the run's job, and whether it was started now."""
-    prefix = f"tvq-{name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}-"
+    prefix = f"tvq-{name}-{root_mark(root)}-"
     identity = recipes.identity(recipes.resolve(recipe))
     metadata = {
         "tvq_run": name,
         "tvq_root": str(root),
         "tvq_identity": identity,
         "tvq_grace_seconds": str(recipe.cluster.grace_seconds),
-        "tvq_commit": stated_commit(),
+        "tvq_commit": variables[COMMIT],
     }
-    variables = job_variables(
-        ["train", submitted.RECIPE, "--run", name, "--root", str(root)],
-        stated_text(recipe),
-        request,
-        variables,
-        recipe.cluster.grace_seconds,
-    )
     while True:
         earlier = {
             int(job.submission_id.removeprefix(prefix)): job
@@ -329,7 +329,6 @@ def _show_upload(
         f"uploads   {wheel.name}: {wheel.files} files, {len(wheel.data) / 2**20:.2f} MiB, and the"
         " recipe; nothing else of this machine"
     )
-    given = ["RAY_JOB_STOP_WAIT_TIME_S", *variables]
-    console.line(f"sets      {', '.join(given)}")
+    console.line(f"sets      {', '.join(variables)}")
     if request.secrets:
         console.line(f"expects   {', '.join(request.secrets)} to be set on the cluster")
