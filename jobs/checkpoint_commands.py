@@ -4,6 +4,7 @@ import time
 
 from jobs.checkpoint_manifest import (
     CheckpointManifest,
+    checkpoint_store,
     complete_checkpoints,
     manifest_of,
     pin,
@@ -15,9 +16,9 @@ from jobs.checkpoint_manifest import (
 from jobs.console import Console
 from jobs.errors import UserError
 from jobs.lease import Lease
-from jobs.recipe import from_yaml
 from jobs.retention import retire
 from jobs.run_directory import RunDirectory
+from jobs.trained_model import recipe_of
 from pipeline.storage import Location
 
 
@@ -72,6 +73,7 @@ def verify_command(
     if update is not None:
         manifests, damages = [manifest_of(run, update)], []
     problems = [str(damage) for damage in damages]
+    spoiled = []
     if not manifests and not problems:
         raise UserError(f"run {run.name}: has no checkpoint to verify")
     whole = []
@@ -80,6 +82,7 @@ def verify_command(
             restore_alone(run, manifest)
         except DamagedCheckpointError as damage:
             problems.append(str(damage))
+            spoiled.append(checkpoint_store(run, manifest.update).location)
         else:
             whole.append(manifest.update)
             console.line(f"update {manifest.update:,}: whole, {len(manifest.leaves)} leaves")
@@ -87,8 +90,12 @@ def verify_command(
         console.json({"whole": whole, "damaged": problems})
     if problems:
         raise UserError(
-            f"run {run.name}: {len(problems)} damaged: {'; '.join(problems)}; training and"
-            " evaluation skip them; remove them with `tvq checkpoints prune`"
+            f"run {run.name}: {len(problems)} damaged: {'; '.join(problems)}; training skips what"
+            " is damaged; remove "
+            + " and ".join(
+                [f"the folder {folder}" for folder in spoiled]
+                + ["what has no sound manifest with `tvq checkpoints prune`"] * bool(damages)
+            )
         )
 
 
@@ -100,10 +107,9 @@ def prune_command(root: Location, name: str, *, console: Console, as_json: bool)
     """
     run = RunDirectory.existing(root, name)
     with Lease(run).held():  # else what is being saved would look like what a kill left
-        newest = complete_checkpoints(run)
-        text = newest[-1].recipe if newest else run.recipe_text()
-        policy = from_yaml(text, f"the recipe of run {run.name}").checkpoint
-        unfinished = unfinished_updates(run)
+        policy = recipe_of(run).checkpoint
+        pinned = pinned_updates(run)
+        unfinished = [update for update in unfinished_updates(run) if update not in pinned]
         for update in unfinished:
             remove(run, update)
         retired = retire(run, policy)
@@ -111,7 +117,7 @@ def prune_command(root: Location, name: str, *, console: Console, as_json: bool)
     if as_json:
         console.json({"retired": retired, "unfinished": unfinished})
         return
-    for what, updates in (("not kept", retired), ("never finished", unfinished)):
+    for what, updates in (("not kept", retired), ("without a sound manifest", unfinished)):
         if updates:
             console.line(f"removed, {what}: {', '.join(f'{update:,}' for update in updates)}")
     if not retired and not unfinished:

@@ -87,7 +87,7 @@ class CheckpointWriter:
         self._writer = _same_on_all_hosts(secrets.randbits(32))
         self._saves = 0
         self._thread: threading.Thread | None = None
-        self._begun = 0.0
+        self._begun, self._saving = 0.0, 0
         self._lost: LeaseLostError | None = None
         self._failed = False
         self._may_pass = False
@@ -208,7 +208,7 @@ class CheckpointWriter:
         )
 
     def _begin(self, state: Any, position: _Position) -> None:
-        self._failed, self._may_pass = False, False
+        self._failed, self._may_pass, self._reason = False, False, ""
         self._begun, self._saving = position.begun, position.update
         self._saves += 1
         store = checkpoint_store(self._run, position.update)

@@ -16,6 +16,8 @@ from pipeline.storage import Store
 
 log = logging.getLogger("tvq.lease")
 
+_TAKEN = "another driver has taken the run over and goes on with it; this one ends"
+
 
 class LeaseLostError(UserError):
     """Another driver or worker group took the run over: this one must not write any more."""
@@ -81,7 +83,7 @@ class Lease:
     def check(self) -> None:
         """Raises LeaseLostError if another driver has taken the run over, as far as is known."""
         if self._claim.is_lost:
-            raise LeaseLostError(f"run {self._name}: another driver has taken the run over")
+            raise LeaseLostError(f"run {self._name}: {_TAKEN}")
 
     def _give_back(self) -> None:
         try:
@@ -120,9 +122,11 @@ class Fence:
         """
         holder = holder_of(self._run.store)
         if holder is None or holder.owner != self._owner:
-            raise LeaseLostError(f"run {self._run.name}: another driver has taken the run over")
+            raise LeaseLostError(f"run {self._run.name}: {_TAKEN}")
         if group and self._newest_group() != self._group:
-            raise LeaseLostError(f"run {self._run.name}: a newer worker group has started")
+            raise LeaseLostError(
+                f"run {self._run.name}: a newer worker group has started; this one ends"
+            )
 
     def _newest_group(self) -> str | None:
         try:

@@ -275,8 +275,11 @@ class RunDirectory:
 def list_runs(root: Location) -> list[RunDirectory]:
     """The runs under `root`, by name."""
     store = open_store(root)
-    parts = (entry.name.split("/") for entry in store.list())
-    names = [part[0] for part in parts if len(part) == 2 and part[1] == "run.json"]
+    if isinstance(store, LocalStore):  # without a look at every file of every run
+        names = sorted(path.parent.name for path in store.root.glob("*/run.json"))
+    else:
+        parts = (entry.name.split("/") for entry in store.list())
+        names = [part[0] for part in parts if len(part) == 2 and part[1] == "run.json"]
     return [RunDirectory(store.child(name).location) for name in names if name[0] != "."]
 
 

@@ -24,7 +24,7 @@ class PatientStore:
     `limit_s`, on top of the half minute for which gcsfs itself tries. The first failure and the
     end of an outage are logged, what lies between is not. All else, a missing bucket or a missing
     permission, is raised at once. Not for who must not wait: the training loop's own thread uses
-    it before its first update only.
+    it before its first update, and to go back to a checkpoint, when nothing else could be done.
     """
 
     def __init__(

@@ -175,3 +175,19 @@ def test_the_best_the_regular_and_the_pinned_outlive_the_newest(
     assert run_cli(["checkpoints", "prune", "first", "--json", *root]) == 0
     assert json.loads(capsys.readouterr().out) == {"retired": [4], "unfinished": [12]}
     assert [found.update for found in complete_checkpoints(run)] == [2, 6, 10]
+
+
+def test_prune_leaves_a_pinned_checkpoint_whose_manifest_is_damaged(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+):
+    with writing(run, CheckpointConfig(keep=3)) as writer:
+        for update in (2, 4, 6):
+            save(writer, update)
+    pin(run, 2, True)
+    for update in (2, 4):
+        (run.path / "checkpoints" / f"{update:08d}" / "manifest.json").write_bytes(b"{")
+    root = ["--root", str(run.path.parent)]
+    assert run_cli(["checkpoints", "prune", "first", "--json", *root]) == 0
+    assert json.loads(capsys.readouterr().out)["unfinished"] == [4]
+    assert (run.path / "checkpoints" / "00000002").is_dir()
+    assert not (run.path / "checkpoints" / "00000004").exists()

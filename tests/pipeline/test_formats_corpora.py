@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from pipeline import manifest, published_corpora, streams
+from pipeline import streams
 from pipeline.errors import CorpusError
 from tests.pipeline.format_reading import (
     CountingFile,
@@ -157,6 +157,5 @@ def test_pg19_splits_by_folder_and_leaves_the_table_out():
             of(elsewhere)
 
 
-def test_the_splits_have_the_manifests_names():
-    assert set(published_corpora.SPLITS) == set(manifest.SPLITS)
+def test_a_book_is_one_piece():
     assert pieces_of(b"abc", "train/1.txt", kind="pg19") == [(0, 3)]
