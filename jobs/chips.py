@@ -70,11 +70,6 @@ class Target(NamedTuple):
     devices: int
     chip: Chip
 
-    @property
-    def compiled_for_it(self) -> bool:
-        """Whether its own compiler is asked; else XLA's for the CPU, with as many devices."""
-        return self.kind != "gpu"
-
 
 def read_target(text: str) -> Target:
     """Of an `--on`: v5e:4x4, h100:8 or cpu:2.

@@ -145,6 +145,22 @@ class Claim:
             stop.set()
             thread.join()
 
+    @contextlib.contextmanager
+    def kept(self, every_seconds: float, what: str) -> Iterator[None]:
+        """Renews it while the body runs, then frees it; a store that is not well ends nothing.
+
+        Args:
+            what: is claimed, for the log.
+        """
+        try:
+            with self.renewed(every_seconds, what):
+                yield
+        finally:
+            try:
+                self.give_back()
+            except CorpusError as error:
+                log.warning("the claim of %s was not given back, it expires: %s", what, error)
+
     def _fields(self, heartbeat: float | None = None) -> bytes:
         holder = Holder(
             owner=self.owner,

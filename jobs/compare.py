@@ -16,6 +16,7 @@ from jobs.errors import UserError
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
 from jobs.train import store_of, store_of_run
+from pipeline.errors import CorpusError
 from pipeline.storage import Location
 
 
@@ -74,8 +75,8 @@ def compare_command(
 
             write_report(comparison, html)
             console.line(f"report    {html.absolute()}")
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
+    except CorpusError as error:
+        raise UserError(f"{error}; name another file") from None
 
 
 def _candidate(root: Location, name: str) -> Candidate:

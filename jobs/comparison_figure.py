@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +12,7 @@ from jobs.comparison import EVAL_BITS, EVAL_LOSS, TRAIN_LOSS, Comparison, CurveP
 from jobs.figure_style import STYLE, running_mean
 from jobs.palette import PALETTE
 from jobs.seed_groups import SEED, is_finite
+from pipeline.storage import LocalStore
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,10 +38,7 @@ class _Band(NamedTuple):
 
 def plot(comparison: Comparison, path: Path) -> None:
     """Draws the comparison into a PNG of 300 dots an inch, 7 inches wide, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(_rendered(comparison, "png"))
-    temporary.replace(path)
+    LocalStore(path.absolute().parent).write(path.name, _rendered(comparison, "png"))
 
 
 def svg(comparison: Comparison) -> str:

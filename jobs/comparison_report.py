@@ -1,7 +1,6 @@
 """A comparison as one HTML page that needs no other file: verdict, figure, tables."""
 
 import html
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from jobs.comparison import (
 from jobs.comparison_figure import caption, svg
 from jobs.seed_groups import SEED
 from jobs.seed_spread import LEAST_SEEDS, LEVEL
+from pipeline.storage import LocalStore
 
 _NUMBER = re.compile(r"-|[-+]?[\d,.]+( \(.*\))?")
 _STYLE = """\
@@ -39,10 +39,7 @@ th, td { padding: .28rem .9rem .28rem 0; text-align: left; border-bottom: 1px so
 
 def write_report(comparison: Comparison, path: Path) -> None:
     """Writes the page, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page(comparison), encoding="utf-8")
-    temporary.replace(path)
+    LocalStore(path.absolute().parent).write(path.name, page(comparison).encode())
 
 
 def page(comparison: Comparison) -> str:

@@ -23,7 +23,7 @@ from jobs.errors import UserError
 from jobs.plan_compile import Facts
 from jobs.recipe import Recipe, flatten, to_yaml
 
-_FORMAT = 1
+_FORMAT = 2
 _OPERATIONAL = ("training.accumulate", "cluster.data", "cluster.fsdp", "cluster.tensor")
 """Fields that make the program though they do not affect the mathematics, as all of the model's."""
 _NOT_IN_IT = ("training.seed", "training.max_skipped", "training.max_fallbacks", "data.window")

@@ -119,11 +119,8 @@ def run_flow(flow: Flow, tick: str, root: Location, console: Console) -> FlowRes
             " wait for it",
             ExitCode.BUSY,
         )
-    try:
-        with claim.renewed(_RENEW_SECONDS, f"flow {flow.name}, tick {tick}"):
-            return _run(flow, folder, root, console)
-    finally:
-        claim.give_back()
+    with claim.kept(_RENEW_SECONDS, f"flow {flow.name}, tick {tick}"):
+        return _run(flow, folder, root, console)
 
 
 def _run(flow: Flow, folder: FlowFolder, root: Location, console: Console) -> FlowResult:

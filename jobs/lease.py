@@ -11,7 +11,6 @@ from typing import Protocol
 from jobs.claims import Claim, holder_of
 from jobs.errors import ExitCode, UserError
 from jobs.run_directory import RunDirectory
-from pipeline.errors import CorpusError
 from pipeline.storage import Store
 
 log = logging.getLogger("tvq.lease")
@@ -74,22 +73,13 @@ class Lease:
                 f" {age:.0f} s ago)"
             )
             raise UserError(self._busy.format(name=self._name, holder=who), ExitCode.BUSY)
-        try:
-            with self._claim.renewed(self._renew_seconds, f"run {self._name}"):
-                yield self
-        finally:
-            self._give_back()
+        with self._claim.kept(self._renew_seconds, f"run {self._name}"):
+            yield self
 
     def check(self) -> None:
         """Raises LeaseLostError if another driver has taken the run over, as far as is known."""
         if self._claim.is_lost:
             raise LeaseLostError(f"run {self._name}: {_TAKEN}")
-
-    def _give_back(self) -> None:
-        try:
-            self._claim.give_back()
-        except CorpusError as error:
-            log.warning("the lease of run %s was not given back, it expires: %s", self._name, error)
 
 
 def is_held(run: RunDirectory) -> bool:

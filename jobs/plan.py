@@ -119,8 +119,8 @@ class Plan:
     """Of a token of one row on one device; an estimate."""
     checkpoint_bytes: int
     checkpoints_kept: int
-    price_an_hour: float
-    """Of all devices."""
+    open_loops: int
+    """Of the compiled programs, whose rounds are not known and count once."""
     money: Money | None
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields with which it fits where it does not: compiled, not guessed; empty if none is known.
@@ -199,6 +199,11 @@ def plan(
     return made
 
 
+def memory_available(target: Target) -> int:
+    """Bytes of a device that a program may take."""
+    return int(target.chip.memory * (GPU_SHARE if target.kind == "gpu" else 1))
+
+
 def _plan(
     recipe: Recipe,
     target: Target,
@@ -209,7 +214,7 @@ def _plan(
 ) -> Plan:
     mesh = _mesh(recipe, target)
     compiled = compile_for(recipe, target, programs, limit_seconds=limit_seconds, console=console)
-    available = int(target.chip.memory * (GPU_SHARE if target.kind == "gpu" else 1))
+    available = memory_available(target)
     rows_along = mesh["data"] * mesh["fsdp"]
     padded = -recipe.training.batch_size % rows_along
     tokens = recipe.training.batch_size * recipe.data.sequence_length
@@ -257,7 +262,7 @@ def _plan(
         decode_seconds=decoded,
         checkpoint_bytes=size,
         checkpoints_kept=kept,
-        price_an_hour=price.price * target.devices if price else math.nan,
+        open_loops=sum(each.open_loops for each in cost.values()),
         money=money,
     )
 

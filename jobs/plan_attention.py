@@ -11,7 +11,7 @@ from jobs.chips import Target
 from jobs.compilations import Compilation, compile_for
 from jobs.compiled_costs import read_costs
 from jobs.console import Console
-from jobs.plan import bytes_wanted, roofline
+from jobs.plan import bytes_wanted, memory_available, roofline
 from jobs.recipe import Recipe, resolve
 
 COMPARED = ("serial", "parallel", "full-chunked")
@@ -72,7 +72,7 @@ def compare_forms(
 
 def _cost(form: str, length: int, compiled: Compilation, target: Target) -> FormCost:
     facts = compiled.facts
-    if facts.error or facts.total > target.chip.memory:
+    if facts.error or facts.total > memory_available(target):
         needed = bytes_wanted(facts.error) if facts.error else facts.total
         return FormCost(length, form, False, needed, None, None, None)
     cost = read_costs(compiled.text())

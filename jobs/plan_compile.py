@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from jobs.chips import read_target
 from jobs.recipe import Recipe, from_yaml
+from pipeline.storage import LocalStore
 
 PROGRAMS = ("train", "evaluate", "decode")
 """What a training and its users run: the step of a batch, the evaluation of one, and the writing of
@@ -39,8 +40,6 @@ class Facts(NamedTuple):
     parts: dict[str, int]
     """Of the arguments and temporaries, by kind, from shapes and shardings: what `plan` calls
     them."""
-    costs: dict[str, float]
-    """XLA's own figures, in which a loop's body counts once."""
 
     @property
     def total(self) -> int:
@@ -108,7 +107,7 @@ def _compiled(recipe: Recipe, name: str, devices: list[Any]) -> tuple[Facts, str
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Facts(str(error), time.monotonic() - began, 0, 0, 0, 0, parts, {}), ""
+        return Facts(str(error), time.monotonic() - began, 0, 0, 0, 0, parts), ""
     sizes = compiled.memory_analysis()
     facts = Facts(
         error="",
@@ -118,11 +117,6 @@ def _compiled(recipe: Recipe, name: str, devices: list[Any]) -> tuple[Facts, str
         temporaries=sizes.temp_size_in_bytes,
         code=sizes.generated_code_size_in_bytes,
         parts=parts,
-        costs={
-            name: value
-            for name, value in compiled.cost_analysis().items()
-            if name in ("flops", "bytes accessed")
-        },
     )
     return facts, compiled.as_text()
 
@@ -316,9 +310,7 @@ def _write(path: Path, facts: Facts, text: str) -> None:
         (path.with_suffix(".hlo.gz"), gzip.compress(text.encode(), 5)),
         (path, json.dumps(facts._asdict()).encode()),
     ):
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(target)
+        LocalStore(target.parent).write(target.name, data)
 
 
 if __name__ == "__main__":

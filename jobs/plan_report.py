@@ -1,7 +1,7 @@
 """What `tvq plan` prints, writes as JSON and draws."""
 
+import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from jobs.chips import GIB
 from jobs.console import Console
 from jobs.palette import PALETTE
 from jobs.plan import Plan, stated
+from pipeline.storage import LocalStore
 
 _KINDS = {
     "parameters": "parameters",
@@ -29,6 +30,11 @@ def print_plans(name: str, plans: Sequence[Plan], console: Console) -> None:
     """All that is known of each target, then the targets side by side."""
     for each in plans:
         _print_plan(name, each, console)
+        if each.open_loops:
+            console.warning(
+                f"{each.target.text}: {each.open_loops} loops of the compiled programs do not say"
+                " how often they go round and count once: operations, time and money are too low"
+            )
     if len(plans) > 1:
         console.line()
         console.table(*comparison_table(plans), title="side by side")
@@ -191,6 +197,7 @@ def as_json(name: str, plans: Sequence[Plan]) -> dict[str, Any]:
 def _plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "on": plan.target.text,
+        "open_loops": plan.open_loops,
         "devices": plan.target.devices,
         "chip": plan.target.chip.name,
         "compiled_for": plan.target.kind if plan.target.kind != "gpu" else "cpu",
@@ -272,10 +279,9 @@ def draw(name: str, plans: Sequence[Plan], path: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{name}, planned")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150)
+    LocalStore(path.absolute().parent).write(path.name, drawn.getvalue())
 
 
 # ---- Words ---------------------------------------------------------------------------------------

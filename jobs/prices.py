@@ -27,8 +27,6 @@ class Prices:
     """Of an hour, by the name that `--on` takes."""
     storage_gb_month: Price
     egress_gb: Price
-    where: str
-    """The file."""
 
 
 def read_prices(path: Path | None) -> Prices:
@@ -52,7 +50,6 @@ def read_prices(path: Path | None) -> Prices:
         {name: _price(item, f"devices.{name}", where) for name, item in tree["devices"].items()},
         _price(tree["storage_gb_month"], "storage_gb_month", where),
         _price(tree["egress_gb"], "egress_gb", where),
-        where,
     )
 
 

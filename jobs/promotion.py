@@ -3,7 +3,6 @@
 Pure: takes what an evaluation summed over each document (or 64 KiB block), decides nothing else.
 """
 
-import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -70,7 +69,7 @@ def decide(candidate: Scored, champion: Scored, metric: str, min_delta: float = 
             "refused",
             "the two count the targets of the split differently (data.window is not the same)",
         )
-    unit, denominators = math.log(2), champion.n_bytes
+    unit, denominators = NATS_PER_BIT, champion.n_bytes
     if metric == "eval/loss_nats_per_token":
         unit, denominators = 1.0, champion.n_tokens
     numerators = (candidate.nats - champion.nats) / unit

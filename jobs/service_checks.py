@@ -21,7 +21,7 @@ from jobs import accelerators
 from jobs.doctor import Finding
 from jobs.recipe import ClusterConfig
 from pipeline.errors import CorpusError
-from pipeline.storage import Location, is_url, open_store
+from pipeline.storage import LocalStore, Location, is_url, open_store
 
 _SECONDS = 10
 _RAY_SECONDS = 90
@@ -70,7 +70,10 @@ def store(root: Location) -> Iterator[Finding]:
         step = "removed from"
         runs.remove_tree(folder)
     except (CorpusError, OSError) as error:
-        yield Finding("runs", f"{runs.location} cannot be {step}", str(error))
+        found, mend = f"{runs.location} cannot be {step}", str(error)
+        if isinstance(runs, LocalStore):
+            found, mend = f"{found} ({error})", "--root FOLDER that you may write to"
+        yield Finding("runs", found, mend)
         return
     found = "can be written, claimed, read, renamed, listed and removed"
     yield Finding("runs", f"{runs.location}: {found}")
@@ -239,7 +242,9 @@ def _dashboard(address: str) -> Finding:
     try:
         version = json.loads(_get(f"{address.rstrip('/')}/api/version", headers))["ray_version"]
     except urllib.error.HTTPError as error:
-        mend = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/the/token/of/the/cluster"
+        mend = "--address http://HOST:8265 of Ray's dashboard, or a look into its log"
+        if error.code in (401, 403):
+            mend = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/the/token/of/the/cluster"
         return Finding("ray", f"{address}: answered {error.code}", mend)
     except (OSError, ValueError, KeyError) as error:
         said = getattr(error, "reason", error)

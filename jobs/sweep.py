@@ -42,15 +42,13 @@ def sweep_command(location: str, root: Location, *, console: Console, as_json: b
     claim = Claim(folder)
     if holder := claim.take():
         raise UserError(
-            f"sweep {sweep.name}: is being run by process {holder.pid} on {holder.host}",
+            f"sweep {sweep.name}: is being run by process {holder.pid} on {holder.host};"
+            " wait for it, or give this sweep another name",
             ExitCode.BUSY,
         )
-    try:
-        with claim.renewed(5.0, f"sweep {sweep.name}"):
-            _refuse_another(folder, sweep)
-            trials = run_sweep(sweep, store.root, console)
-    finally:
-        claim.give_back()
+    with claim.kept(5.0, f"sweep {sweep.name}"):
+        _refuse_another(folder, sweep)
+        trials = run_sweep(sweep, store.root, console)
     configurations = ranked(trials)
     if as_json:
         console.json({"name": sweep.name, "ranking": [c.as_json() for c in configurations]})

@@ -5,6 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.units import NATS_PER_BIT
+
 
 class Trial(NamedTuple):
     """One training of a sweep."""
@@ -82,32 +84,41 @@ def ranking_lines(configurations: list[Configuration], root: Path) -> list[str]:
 
 def _difference(best: Configuration, second: Configuration, root: Path) -> str:
     """Paired by seed where there are two or more, else over the documents of the split."""
-    theirs = {trial.seed: trial.bits_per_byte for trial in second.trials}
+    theirs = {trial.seed: trial for trial in second.trials if trial.bits_per_byte is not None}
     pairs = [
-        theirs[trial.seed] - trial.bits_per_byte  # pyright: ignore[reportOptionalOperand]
+        (trial, theirs[trial.seed])
         for trial in best.trials
-        if trial.bits_per_byte is not None and theirs.get(trial.seed) is not None
+        if trial.bits_per_byte is not None and trial.seed in theirs
     ]
     assert best.mean is not None
     assert second.mean is not None
     mean = second.mean - best.mean
-    low, high = _interval(pairs)
+    if not pairs:
+        return f"{mean:+.4f}; no seed was trained to its end with both"
+    low, high = _interval([_worse_by(*pair) for pair in pairs])
     if low is not None and high is not None:
         sure = "more than chance" if low > 0 else "not more than the seeds differ"
         return f"{mean:+.4f} (95% of {low:+.4f} to {high:+.4f} over {len(pairs)} seeds): {sure}"
-    bounds, n = _over_documents(best.trials[0], second.trials[0], root)
+    [(ours, other)] = pairs
+    bounds, pieces = _over_blocks(ours, other, root)
+    bits = _worse_by(ours, other)
     if bounds is None:
-        return f"{mean:+.4f}; one seed and {n} documents are too few to tell chance from more"
+        return f"{bits:+.4f}; one seed and {pieces} are too few to tell chance from more"
     sure = "more than the choice of text" if bounds[0] > 0 else "not more than the choice of text"
     return (
-        f"{mean:+.4f} (95% of {bounds[0]:+.4f} to {bounds[1]:+.4f} over {n} pieces of the split;"
-        f" one seed): {sure}"
+        f"{bits:+.4f} (95% of {bounds[0]:+.4f} to {bounds[1]:+.4f} over {pieces}; one seed): {sure}"
     )
 
 
-def _over_documents(
-    best: Trial, second: Trial, root: Path
-) -> tuple[tuple[float, float] | None, int]:
+def _worse_by(best: Trial, second: Trial) -> float:
+    """By how many bits per byte the second is worse."""
+    assert best.bits_per_byte is not None
+    assert second.bits_per_byte is not None
+    return second.bits_per_byte - best.bits_per_byte
+
+
+def _over_blocks(best: Trial, second: Trial, root: Path) -> tuple[tuple[float, float] | None, str]:
+    """The interval of the difference over the split's documents or blocks, and how many of what."""
     from jobs.bootstrap import interval
     from jobs.console import Console
     from jobs.evaluate import evaluate_run
@@ -122,8 +133,8 @@ def _over_documents(
         ).blocks
         for trial in (best, second)
     )
-    numerators = (theirs.nats - ours.nats) / math.log(2)
-    return interval(numerators, ours.n_bytes), len(ours.nats)
+    numerators = (theirs.nats - ours.nats) / NATS_PER_BIT
+    return interval(numerators, ours.n_bytes), f"{len(ours.nats)} {ours.kind}"
 
 
 def _interval(values: list[float]) -> tuple[float | None, float | None]:

@@ -97,6 +97,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
     [finding] = service_checks.store(tmp_path / "file" / "runs")
     assert not finding.ok
     assert "cannot be written to" in finding.found
+    assert "--root" in finding.mend
 
 
 def test_a_bucket_is_tried_and_left_as_it_was(bucket: str, object_store):

@@ -199,10 +199,13 @@ def test_the_accounts_and_settings_that_pods_name_are_those_there_are():
 
 def test_pods_have_longer_to_end_than_a_save_may_take():
     for name, grace in (("rayjob-cpu", 25), ("rayjob-tpu-multislice", 60)):
-        for document in documents(rendered(name)):
-            for pod in pods(document):
-                if pod["containers"][0]["name"].startswith("ray-") and "nodeSelector" in pod:
-                    assert pod["terminationGracePeriodSeconds"] > grace
+        found = {
+            pod["containers"][0]["name"]: pod
+            for document in documents(rendered(name))
+            for pod in pods(document)
+        }
+        for container in ("ray-head", "ray-worker"):
+            assert found[container]["terminationGracePeriodSeconds"] > grace
 
 
 # ---- The schemas themselves ----------------------------------------------------------------------

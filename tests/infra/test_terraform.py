@@ -99,8 +99,10 @@ def test_everything_that_computes_is_spot_and_comes_from_nothing():
 def test_the_accounts_are_those_of_the_manifests():
     site = (INFRA / "kubernetes/site/kustomization.yaml").read_text()
     named = set(re.findall(r"tvq-(\w+)@PROJECT", site))
+    assert named
     identities = resources("google_service_account_iam_member")[0]
     assert set(re.findall(r"\w+", str(identities["for_each"]))) >= named
     buckets = set(re.findall(r"gs://PROJECT-tvq-(\w+)", site))
+    assert buckets
     text = text_of(INFRA / "terraform" / "buckets.tf")
     assert all(re.search(rf"^\s+{name}\s+= \{{", text, re.MULTILINE) for name in buckets)

@@ -114,6 +114,12 @@ def test_the_best_is_the_lowest_mean_with_its_confidence():
     assert lines[2] == "more      tvq compare y-s0 y-s1 x-s0 x-s1 --root runs"
 
 
+def test_seeds_that_did_not_end_with_both_are_not_compared():
+    found = ranked(trials({"x": [None, 1.5], "y": [2.0, None]}))
+    [_, second, *_] = ranking_lines(found, Path("runs"))
+    assert second == "second    +0.5000; no seed was trained to its end with both"
+
+
 def test_nothing_that_was_trained_to_its_end():
     assert ranking_lines(ranked(trials({"x": [None]})), Path("runs")) == [
         "no training was done to its end"
