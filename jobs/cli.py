@@ -28,7 +28,7 @@ from jobs.errors import ExitCode, UserError
     cls=OrderedGroup,
     epilog="""\b
 Examples:
-  tvq demo                                          everything once, in five minutes
+  tvq demo                                          everything once, in some minutes
   tvq prepare ~/books --output corpora/books        text files to a corpus
   tvq train tiny data.corpus=corpora/books --run a  train; again: resume
   tvq evaluate a && tvq sample a --prompt "Once"    how good is it, what does it write
@@ -72,7 +72,7 @@ Examples:
     help="Folder of everything that the demo makes.",
 )
 def demo(source: str | None, output: Path) -> None:
-    """Prepare, train (through a killed worker), evaluate, sample and compare, in five minutes."""
+    """Prepare, train (through a killed worker), evaluate, sample and compare, in some minutes."""
     from jobs.demo import demo as run_demo
 
     run_demo(source, output, new_console())

@@ -52,6 +52,10 @@ def masked(text: str) -> list[str]:
     return lines
 
 
+def test_the_transcript_leaves_nothing_to_be_filled_in():
+    assert " ?" not in transcript()
+
+
 def test_every_command_parses():
     shown = shown_in("\n".join(code_blocks()))
     assert len(shown) > 50
