@@ -9,16 +9,16 @@ import time
 from pathlib import Path
 
 from jobs import recipe as recipes
-from jobs import run_log
-from jobs.checkpoint_manifest import newest_update
+from jobs.checkpoints.manifest import newest_update
+from jobs.cluster.ray_session import ray_session
 from jobs.console import Console
+from jobs.corpora.prepare import prepare_corpus
 from jobs.errors import UserError
-from jobs.metric_spool import MetricPoint
-from jobs.prepare import prepare_corpus
-from jobs.ray_session import ray_session
 from jobs.recipe import Recipe
-from jobs.run_directory import RunDirectory
-from jobs.train import train
+from jobs.runs import run_log
+from jobs.runs.metric_spool import MetricPoint
+from jobs.runs.run_directory import RunDirectory
+from jobs.training.train import train
 from pipeline.sources import SourceSettings, list_files, standard_library
 from pipeline.storage import LocalStore
 
@@ -28,9 +28,9 @@ FULL, WINDOW = "vq-cache", "window-only"
 
 def demo(source: str | None, output: Path, console: Console) -> None:
     """Runs all stages; what an earlier demo in `output` finished is reused."""
-    from jobs.compare import compare_command
-    from jobs.evaluate import evaluate_command
-    from jobs.sample import sample_command
+    from jobs.comparison.compare import compare_command
+    from jobs.evaluation.evaluate import evaluate_command
+    from jobs.evaluation.sample import sample_command
     from pipeline.plan import PrepareSettings
 
     began = time.monotonic()

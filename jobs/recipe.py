@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from jobs import accelerators
+from jobs.cluster import accelerators
 from jobs.errors import UserError
 from jobs.recipe_yaml import (
     apply_override,

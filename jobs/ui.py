@@ -19,9 +19,9 @@ from typing import NamedTuple
 from jobs.console import Console
 from jobs.errors import UserError
 from jobs.recipe import from_yaml
-from jobs.run_directory import RunDirectory, list_runs
+from jobs.runs.run_directory import RunDirectory, list_runs
 from jobs.tracking.store import Store, without_credentials
-from jobs.train import store_of_run
+from jobs.training.train import store_of_run
 from pipeline.storage import Location
 
 _HOST = "127.0.0.1"

@@ -5,7 +5,7 @@ import shlex
 
 import click
 
-from jobs.cli import cli
+from jobs.cli.main import cli
 
 
 def shown_in(text: str) -> list[list[str]]:

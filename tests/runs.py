@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 
-from jobs.checkpoint_manifest import complete_checkpoints
-from jobs.checkpoints import restore_alone
-from jobs.run_directory import RunDirectory
+from jobs.checkpoints.manifest import complete_checkpoints
+from jobs.checkpoints.restore import restore_by_recipe
+from jobs.runs.run_directory import RunDirectory
 from jobs.tracking import reading
 from jobs.tracking.store import embedded_store
 
@@ -31,7 +31,7 @@ def final_sums(run: RunDirectory, steps: int) -> dict[str, int]:
 
 def state_difference(one: RunDirectory, other: RunDirectory) -> float:
     """The largest between their newest checkpoints, over parameters, codebooks and all else."""
-    states = [restore_alone(run, complete_checkpoints(run)[-1]) for run in (one, other)]
+    states = [restore_by_recipe(run, complete_checkpoints(run)[-1]) for run in (one, other)]
     leaves = [jax.tree.leaves(jax.device_get(state)) for state in states]
     return max(
         float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)), initial=0))

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from jobs.cli import cli, run_cli
+from jobs.cli.main import cli, run_cli
 from jobs.errors import ExitCode
 from pipeline.manifest import FORMAT_VERSION
 from tests.command_lines import commands_of, parse, shown_in
@@ -171,7 +171,10 @@ def test_recipes_are_printed_for_people_and_scripts(capsys):
 
 
 def test_defect_of_ours_shows_its_traceback(workplace):
-    code = "import jobs.recipe_yaml as r; r.named_recipes = None; from jobs.cli import main; main()"
+    code = (
+        "import jobs.recipe_yaml as r; r.named_recipes = None;"
+        "from jobs.cli.main import main; main()"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code, "recipes"], cwd=workplace, capture_output=True, text=True
     )
@@ -180,7 +183,7 @@ def test_defect_of_ours_shows_its_traceback(workplace):
 
 
 def test_the_formats_offered_are_those_there_are():
-    from jobs import cli_data
+    from jobs.cli import corpora as cli_data
     from pipeline.formats import KINDS
 
     assert cli_data._KINDS == KINDS  # said twice, so that `tvq --help` need not load the pipeline

@@ -12,7 +12,7 @@ from tests.command_lines import parse, shown_in
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-TVQ = [sys.executable, "-c", "from jobs.cli import main; main()"]
+TVQ = [sys.executable, "-c", "from jobs.cli.main import main; main()"]
 
 _UNSTEADY = re.compile(r"^((read|write|update|token) [\d,]+/|goodput )")
 """Progress lines, and where the time went: they depend on the speed of the machine."""
@@ -135,7 +135,7 @@ def test_commands_run(tmp_path):
     for words in commands_to_run():
         words = [re.sub("^~", str(tmp_path), word) for word in words]
         if words[0] == "ui":
-            continue  # tests/jobs/test_ui.py opens the page
+            continue  # tests/jobs/tracking/test_ui.py opens the page
         run = subprocess.run(
             [*TVQ, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
         )

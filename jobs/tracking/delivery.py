@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from jobs.metric_spool import (
+from jobs.runs.metric_spool import (
     MetricPoint,
     acknowledge,
     last_number,

@@ -33,7 +33,7 @@ class ParentRun:
     @classmethod
     def of(cls, recipe: Recipe, root: Location, key: str, warn: Callable[[str], None]) -> Self:
         """The parent of trainings by this recipe under this root."""
-        from jobs.train import store_of
+        from jobs.training.train import store_of
 
         return cls(store_of(recipe, root), recipe.tracking.experiment, key, warn)
 

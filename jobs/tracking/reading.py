@@ -21,7 +21,6 @@ class RunSummary(NamedTuple):
     status: str
     """RUNNING, FINISHED, FAILED or KILLED."""
     start_ms: int
-    end_ms: int | None
     parameters: dict[str, str]
     metrics: dict[str, float]
     """Last value of each metric."""
@@ -118,7 +117,6 @@ def _summary(run: "Run") -> RunSummary:
         info.run_name or info.run_id,
         info.status,
         info.start_time,
-        info.end_time,
         dict(data.params),
         dict(data.metrics),
         dict(data.tags),

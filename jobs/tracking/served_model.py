@@ -12,7 +12,7 @@ import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from jobs.text_model import TextModel
+from jobs.registry.text_model import TextModel
 
 DEFAULTS: dict[str, Any] = {
     "task": "generate",

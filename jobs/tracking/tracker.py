@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
-from jobs.code_diff import CodeDiff
-from jobs.metric_spool import MetricPoint
-from jobs.provenance import Provenance
+from jobs.lineage.code_diff import CodeDiff
+from jobs.lineage.provenance import Provenance
+from jobs.runs.metric_spool import MetricPoint
 from jobs.tracking.delivery import Delivery, Measurement, Refusal
 from jobs.tracking.mlflow_run import MlflowRun
 from jobs.tracking.store import Store, load, reason, without_credentials

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jobs.bench import describe, show
-from jobs.bench_programs import Geometry, RandomBatch, begin_training, training_program
+from jobs.bench.forms import describe, show
+from jobs.bench.measurement import Program, compare
+from jobs.bench.programs import Geometry, RandomBatch, begin_training, training_program
 from jobs.console import Console
-from jobs.host_memory import keep_freed_memory
-from jobs.measurement import Program, compare
+from jobs.training.host_memory import keep_freed_memory
 from model.attention import LayerCache
 from model.config import PRESETS, ModelConfig, OptimizerConfig
 from model.counts import flops_per_token

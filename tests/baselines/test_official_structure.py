@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from jobs.bench_programs import Geometry
+from jobs.bench.measurement import compare
+from jobs.bench.programs import Geometry
 from jobs.console import Console
-from jobs.measurement import compare
 from model.objective import objective
 from model.transformer import bind, initial_cache
 from tests.baselines import official_structure

@@ -29,7 +29,7 @@ from pipeline.verification import verify
 from tests.pipeline.test_increments import files
 
 ROOT = Path(__file__).parents[2]
-COMMAND = "from jobs.cli import main; main()"
+COMMAND = "from jobs.cli.main import main; main()"
 
 # Everything at once: all stages of `prepare` are there.
 ALL = ("--near-duplicates", "0.8", "--decontaminate", "--tokenizer", "bpe", "--vocab-size", "400")

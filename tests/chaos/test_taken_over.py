@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from jobs.checkpoint_manifest import complete_checkpoints, newest_update
-from jobs.run_directory import RunDirectory
+from jobs.checkpoints.manifest import complete_checkpoints, newest_update
+from jobs.runs.run_directory import RunDirectory
 from tests.micro import write_micro
 
 EXPIRY = 3
 DRIVER = f"""
-from jobs.lease import Lease
+from jobs.runs.lease import Lease
 Lease.__init__.__kwdefaults__.update(renew_seconds=0.3, expire_seconds={EXPIRY})
-from jobs.cli import main
+from jobs.cli.main import main
 main()
 """
 

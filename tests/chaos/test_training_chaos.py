@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jobs.checkpoint_manifest import newest_update
+from jobs.checkpoints.manifest import newest_update
 from jobs.errors import ExitCode
 from tests.chaos.training_under_fire import Training
 from tests.micro import write_micro

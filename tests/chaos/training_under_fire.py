@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from jobs.checkpoint_manifest import newest_update
-from jobs.run_directory import RunDirectory
-from jobs.run_log import LogTail
+from jobs.checkpoints.manifest import newest_update
+from jobs.runs.run_directory import RunDirectory
+from jobs.runs.run_log import LogTail
 
-TVQ = [sys.executable, "-c", "from jobs.cli import main; main()"]
+TVQ = [sys.executable, "-c", "from jobs.cli.main import main; main()"]
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 600
 """Nothing that is waited for may take longer: a hang fails the test and says where."""

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from jsonschema.protocols import Validator
 from ruamel.yaml import YAML
 
-from jobs.cli import cli
+from jobs.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import run_cli
-from jobs.cli_schedule import serve
+from jobs.cli.main import run_cli
+from jobs.cli.schedules import serve
 from tests.infra.manifests import INFRA, documents, rendered
 
 COMPOSE = INFRA / "compose"

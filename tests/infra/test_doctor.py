@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import machine_checks, service_checks
-from jobs.cli import run_cli
-from jobs.doctor import Finding, redacted
+from jobs.cli.main import run_cli
+from jobs.doctor import machine_checks, service_checks
+from jobs.doctor.checkup import Finding, redacted
 from jobs.errors import ExitCode
 from jobs.recipe import ClusterConfig
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import run_cli
+from jobs.cli.main import run_cli
+from jobs.deployment.rayjob_creation import create_rayjob
 from jobs.errors import ExitCode, UserError
-from jobs.rayjob_creation import create_rayjob
 from tests.infra.manifests import base_documents, documents, problems, rendered
 
 

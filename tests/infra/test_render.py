@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from jobs import cli_infra
 from jobs import recipe as recipes
-from jobs.cli import run_cli
-from jobs.cli_flow import run as command_of_flow
+from jobs.cli import deployment as cli_infra
+from jobs.cli.flows import run as command_of_flow
+from jobs.cli.main import run_cli
+from jobs.deployment.manifest_yaml import dump_manifests
+from jobs.deployment.render import TARGETS, stated_text
 from jobs.errors import ExitCode
-from jobs.flow_file import load_flow
-from jobs.manifest_yaml import dump_manifests
+from jobs.flows.flow_file import load_flow
 from jobs.recipe_yaml import named_recipes
-from jobs.render import TARGETS, stated_text
 from tests.infra.manifests import (
     FLOW,
     GOLDEN,

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from jobs import recipe as recipes
-from jobs.import_official import save_as_run
+from jobs.checkpoints.import_official import save_as_run
 from jobs.recipe import DataConfig, Recipe
-from jobs.run_directory import RunDirectory
+from jobs.runs.run_directory import RunDirectory
 from model.config import ModelConfig
 from model.transformer import Network, initial_network
 from pipeline.manifest import Manifest

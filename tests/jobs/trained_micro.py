@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from jobs import loop, run_log
 from jobs import recipe as recipes
-from jobs.lease import Lease
-from jobs.loop_contract import LoopSettings
 from jobs.recipe import Recipe
-from jobs.run_directory import RunDirectory
+from jobs.runs import run_log
+from jobs.runs.lease import Lease
+from jobs.runs.run_directory import RunDirectory
+from jobs.training import loop
+from jobs.training.loop_contract import LoopSettings
 from pipeline.manifest import SPLITS
 from pipeline.mixture import Mixture
 from pipeline.storage import Location

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import pytest
 
-from jobs.bench_programs import FORMS, Geometry, begin_training
+from jobs.bench.programs import FORMS, Geometry, begin_training
 from model.config import ModelConfig, OptimizerConfig
 from model.counts import flops_per_token, flops_per_update
 from model.training import evaluation_step, train_step

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs.cli import run_cli
+from jobs.cli.main import run_cli
 from pipeline.errors import CorpusError
 from pipeline.filters import FilterSettings
 from pipeline.formats import FormatSettings

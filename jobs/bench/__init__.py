@@ -1,0 +1,1 @@
+"""How fast it is here, beside what it is measured against."""

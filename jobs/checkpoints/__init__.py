@@ -1,0 +1,1 @@
+"""Checkpoints: written, found, verified, kept, restored, taken out and in."""

@@ -1,0 +1,1 @@
+"""Where training runs: Ray sessions and worker groups, accelerators, the JAX mesh."""

@@ -1,0 +1,1 @@
+"""Corpora as people ask for them: made, verified, looked into."""

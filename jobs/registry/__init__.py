@@ -1,0 +1,1 @@
+"""Registered models, their champion, and the proof that it is one."""

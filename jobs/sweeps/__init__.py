@@ -1,0 +1,1 @@
+"""Trainings that differ in some fields, side by side."""

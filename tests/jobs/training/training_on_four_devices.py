@@ -1,0 +1,124 @@
+"""Tests for a process of four devices; `test_several_devices.py` runs them in one.
+
+The same training on one device and on meshes of several: global batches, losses, parameters and
+codebooks.
+"""
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from jobs import recipe as recipes
+from jobs.recipe import Recipe
+from jobs.training.global_batch import GlobalBatch
+from model.sharding import abstract_state, batch_sharding, make_mesh, on_mesh, replicated
+from model.training import initial_state, train_step
+from pipeline.loader import training_batches
+from tests.micro import write_micro
+
+MESHES = {
+    # name: (devices, data, fsdp, tensor, micro-batches)
+    "one": (1, 1, 1, 1, 1),
+    "two-data": (2, 2, 1, 1, 1),
+    "two-fsdp": (2, 1, 2, 1, 1),
+    "two-tensor": (2, 1, 1, 2, 2),
+    "three-data": (3, 3, 1, 1, 1),  # of four rows
+    "four-data-fsdp": (4, 2, 2, 1, 1),
+    "three-data-accumulated": (3, 3, 1, 1, 4),
+}
+OTHERS = [name for name in MESHES if name != "one"]
+
+
+class Trained(NamedTuple):
+    """Of a training: what each batch held, its losses and code usage, and the last state."""
+
+    targets: list[list[Any]]
+    losses: np.ndarray
+    usage: np.ndarray
+    state: Any
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_micro(tmp_path_factory.mktemp("micro"))
+
+
+def trained(micro: tuple[Path, Path], name: str, n_updates: int, *overrides: str) -> Trained:
+    """From the initial state of one device, as the loop places state and batches on the mesh."""
+    recipe: Recipe = recipes.resolve(recipes.load(str(micro[1]), overrides))
+    devices, data, fsdp, tensor, accumulate = MESHES[name]
+    mesh = make_mesh(jax.devices()[:devices], data=data, fsdp=fsdp, tensor=tensor)
+    layout = GlobalBatch(batch_sharding(mesh), recipe.training.batch_size, accumulate)
+    create = functools.partial(initial_state, recipe.model, recipe.optimizer, 0)
+    abstract = abstract_state(mesh, recipe.model, create)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    state = jax.device_put(jax.jit(create)(), shardings)
+    step = functools.partial(
+        train_step, recipe.model, recipe.optimizer, recipe.training.update_length,
+        accumulate=accumulate,
+    )  # fmt: skip
+    step = on_mesh(mesh, step)
+    step = jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
+    targets, losses, usage = [], [], []
+    with contextlib.closing(
+        training_batches(
+            micro[0],
+            sequence_length=recipe.data.sequence_length,
+            batch_size=recipe.training.batch_size,
+            seed=0,
+            rows=layout.rows,
+        )
+    ) as batches:
+        for _ in range(n_updates // recipe.updates_per_batch):
+            batch = layout.place(next(batches))
+            real = np.asarray(batch.loss_mask).any(axis=1)
+            targets.append(np.asarray(batch.targets)[real].tolist())
+            state, metrics = step(state, batch)
+            losses.extend(np.asarray(metrics.loss))
+            usage.extend(np.asarray(metrics.codebook_usage))
+    return Trained(targets, np.array(losses), np.array(usage), jax.device_get(state))
+
+
+def differences(ours: Any, theirs: Any) -> float:
+    return max(
+        float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)), initial=0))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def alone64(micro: tuple[Path, Path]) -> Trained:
+    with jax.enable_x64(True):
+        return trained(micro, "one", 50, "model.dtype=float64")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_fifty_updates_in_double_precision(micro, alone64, name):
+    with jax.enable_x64(True):
+        found = trained(micro, name, 50, "model.dtype=float64")
+    assert found.targets == alone64.targets
+    assert len(found.losses) == 50
+    # Losses come as float32: equal but for their last place.
+    np.testing.assert_allclose(found.losses, alone64.losses, rtol=2e-7)
+    assert differences(found.state.params, alone64.state.params) < 1e-9
+    assert differences(found.state.codebooks, alone64.state.codebooks) < 1e-9
+    # One other code in one of the updates would move a count by far more than that.
+    assert np.array_equal(found.usage, alone64.usage)
+
+
+@pytest.fixture(scope="module")
+def alone32(micro: tuple[Path, Path]) -> Trained:
+    return trained(micro, "one", 1, "training.update_length=64")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_one_update_in_single_precision(micro, alone32, name):
+    found = trained(micro, name, 1, "training.update_length=64")
+    np.testing.assert_allclose(found.losses, alone32.losses, atol=1e-5, rtol=0)
+    assert differences(found.state.params, alone32.state.params) < 1e-5
+    assert differences(found.state.codebooks, alone32.state.codebooks) < 1e-5
