@@ -2,6 +2,7 @@
 
 corpus/
   .tvq-corpus                         marks the folder as ours; locked while prepare runs
+  lease.json                          in a bucket: who prepares in it now (pipeline/claims.py)
   manifest.json                       written last: without it there is no corpus
   listing.json                        the sources as they were listed, to see what has changed
   shards/PLAN/train-00000.arrow       PLAN: the first digits of the plan id
@@ -14,8 +15,9 @@ import contextlib
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from pipeline.claims import CLAIM, CLAIMS_BEFORE, Claim
 from pipeline.errors import CorpusError, NewerFormatError
 from pipeline.manifest import MANIFEST_NAME, Manifest
 from pipeline.sources import CORPUS_MARKER, SourceFile
@@ -24,6 +26,7 @@ from pipeline.storage import LocalStore, Store
 SHARDS = "shards"
 SCANS = "scan"
 _LISTING = "listing.json"
+_RENEW_SECONDS = 10.0
 
 
 def plan_folder(plan_id: str) -> str:
@@ -59,18 +62,40 @@ def old_manifest(output: Store) -> Manifest | None:
 
 
 @contextlib.contextmanager
-def claim(output: Store) -> Iterator[None]:
-    """Mark the folder as ours and keep other processes of this machine from preparing in it.
+def claim(output: Store) -> Iterator[Callable[[], None]]:
+    """Mark the folder as ours and keep others from preparing in it: on this machine by a lock, in a
+    bucket by a claim that is renewed.
 
-    A folder that was made for a prepare which is then refused goes again. In an object store
-    nobody is kept out: writers of one plan write equal bytes.
+    Yields what raises CorpusError if another has it by now; to be asked before the manifest is
+    written. A folder that was made for a prepare which is then refused goes again.
     """
-    new = not output.exists(CORPUS_MARKER)
-    if not isinstance(output, LocalStore):
-        if new:
-            output.write(CORPUS_MARKER, b"")
-        yield
+    if isinstance(output, LocalStore):
+        with _locked(output):
+            yield lambda: None
         return
+    if not output.exists(CORPUS_MARKER):  # first: who sees the claim sees whose folder it is
+        output.write(CORPUS_MARKER, b"")
+    mine = Claim(output)
+    if holder := mine.take():
+        raise CorpusError(
+            f"{output.location}: another prepare is writing to it (process {holder.pid} on"
+            f" {holder.host}); wait for it"
+        )
+
+    def confirm() -> None:
+        if not mine.is_held():
+            raise CorpusError(
+                f"{output.location}: another prepare took over, as nothing was heard of this one"
+                " for a minute; run the same command again when that one is done"
+            )
+
+    with mine.kept(_RENEW_SECONDS, f"corpus {output.location}"):
+        yield confirm
+
+
+@contextlib.contextmanager
+def _locked(output: LocalStore) -> Iterator[None]:
+    new = not output.exists(CORPUS_MARKER)
     there = output.root.exists()
     with writing(output):
         output.root.mkdir(parents=True, exist_ok=True)
@@ -138,9 +163,9 @@ def read_listing(output: Store, plan_id: str) -> list[dict[str, tuple[int, str]]
 
 def tidy(output: Store, manifest: Manifest) -> None:
     """Remove what this program wrote and the manifest does not name: older plans, scans, rests."""
-    named = {MANIFEST_NAME, _LISTING, CORPUS_MARKER, *manifest.files}
+    named = {MANIFEST_NAME, _LISTING, CORPUS_MARKER, CLAIM, *manifest.files}
     for entry in list(output.list()):
-        if entry.name not in named:
+        if entry.name not in named and not entry.name.startswith(CLAIMS_BEFORE):
             output.remove(entry.name)
     if isinstance(output, LocalStore):
         for folder in [output.root / SCANS, *(output.root / SHARDS).iterdir()]:

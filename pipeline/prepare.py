@@ -63,7 +63,7 @@ def prepare(
     files = list_files(settings.source)
     form = survey(settings.format, [(file.id, file.open) for file in files])
     settings = dataclasses.replace(settings, format=form)
-    with claim(store):
+    with claim(store) as confirm:
         old = old_manifest(store)
         parts, rebuilt = [files], None
         if old is not None and not refresh_held_out:
@@ -79,6 +79,7 @@ def prepare(
             manifest = built.manifest
         else:
             manifest = assemble(settings, store.location, built)
+            confirm()
             manifest.save(store.location)
         save_listing(store, manifest.plan_id, parts)
         tidy(store, manifest)

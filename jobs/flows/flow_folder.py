@@ -1,6 +1,6 @@
 """What a flow has done at a tick, in the store that the runs lie in.
 
-<root>/flows/<name>/<tick>/lease.json    who runs it (jobs/claims.py)
+<root>/flows/<name>/<tick>/lease.json    who runs it (pipeline/claims.py)
                            pinned.json   the champion that this tick compares with
                            <stage>.json  a stage that is done: the key of its inputs, its output
                            result.json   the whole is done
@@ -9,10 +9,10 @@
 import json
 from typing import Any
 
-from jobs.claims import Claim, holder_of
 from jobs.errors import UserError
 from jobs.schedules.launchers import State
 from jobs.schedules.ticks import is_by_hand, is_tick_id
+from pipeline.claims import Claim, holder_of
 from pipeline.storage import Location, Store, open_store
 
 

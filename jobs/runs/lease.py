@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from jobs.claims import Claim, holder_of
 from jobs.errors import ExitCode, UserError
 from jobs.runs.run_directory import RunDirectory
+from pipeline.claims import Claim, holder_of
 from pipeline.storage import Store
 
 log = logging.getLogger("tvq.lease")
@@ -36,9 +36,9 @@ class Lease:
     """The right to write to a run, held by one driver at a time.
 
     Policy: a claim of `lease.json` that the holder renews every `renew_seconds`; when it may be
-    taken over is said in `jobs.claims.Claim`. Before every commit the holder (or a worker acting
-    for it) reads whose it is: whoever lost the lease stops. So does a driver whose renewal finds
-    it gone (`check`).
+    taken over is said in `pipeline.claims.Claim`. Before every commit the holder (or a worker
+    acting for it) reads whose it is: whoever lost the lease stops. So does a driver whose renewal
+    finds it gone (`check`).
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 <root>/schedules/<name>/schedule.json   when, and by what policy
                         flow.yaml       the flow that is run, as it was when it was added
-<root>/ticks/<name>/<tick>/lease.json     who saw to it (jobs/claims.py)
+<root>/ticks/<name>/<tick>/lease.json     who saw to it (pipeline/claims.py)
                            request.json   there before it: somebody asked for it by hand
                            attempt-1.json ...  launched, or about to be
                            waiting.json   it came in time and waits for an earlier one

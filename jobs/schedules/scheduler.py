@@ -12,7 +12,6 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from jobs.claims import Claim
 from jobs.errors import UserError
 from jobs.schedules import alerts
 from jobs.schedules.launchers import Launcher, State
@@ -28,6 +27,7 @@ from jobs.schedules.schedule import (
     submission_id,
 )
 from jobs.schedules.ticks import parse_tick, tick_id
+from pipeline.claims import Claim
 from pipeline.errors import CorpusError
 from pipeline.storage import Location
 

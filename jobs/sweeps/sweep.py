@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.claims import Claim
 from jobs.cluster.ray_session import ray_session
 from jobs.console import Console
 from jobs.errors import ExitCode, UserError
@@ -21,6 +20,7 @@ from jobs.runs.run_directory import RunDirectory
 from jobs.sweeps.report import Trial, ranked, ranking_lines, table
 from jobs.sweeps.sweep_file import SEED, Sweep, load_sweep
 from jobs.tracking.parent_run import ParentRun
+from pipeline.claims import Claim
 from pipeline.storage import LocalStore, Location, open_store
 
 METRIC = "eval/bits_per_byte"

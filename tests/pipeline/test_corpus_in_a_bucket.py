@@ -1,18 +1,21 @@
 """A corpus that lies in an object store, and one made from files there: as if all were local."""
 
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pipeline.assembly import assemble
+from pipeline.claims import Claim
 from pipeline.errors import CorpusError
 from pipeline.loader import training_batches
 from pipeline.manifest import Manifest
 from pipeline.plan import PrepareSettings
 from pipeline.prepare import prepare
-from pipeline.sources import SourceSettings
+from pipeline.sources import CORPUS_MARKER, SourceSettings
 from pipeline.storage import open_store
 from pipeline.tasks import run_here
 from pipeline.verification import verify
@@ -67,6 +70,30 @@ def test_a_prepare_that_broke_off_goes_on(local, bucket, object_store):
     made = make(local / "source", f"{bucket}/corpus")
     assert made.resumed_shards > 0
     assert stored(f"{bucket}/corpus") == files(local / "corpus")
+
+
+def test_one_prepares_at_a_time(local, bucket, monkeypatch):
+    url = f"{bucket}/corpus"
+    open_store(url).write(CORPUS_MARKER, b"")
+    other = Claim(open_store(url))
+    assert other.take() is None
+    with pytest.raises(CorpusError, match=r"another prepare is writing to it \(process \d+ on"):
+        make(local / "source", url)
+    assert set(stored(url)) == {CORPUS_MARKER, "lease.json"}
+    other.give_back()
+
+    # Not heard of for a minute, it is taken for dead; another one is at it when it wakes up.
+    def assembled(*arguments: Any) -> Manifest:
+        later = Claim(open_store(url), clock=lambda: time.time() + 61)
+        assert later.take() is None
+        return assemble(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.prepare.assemble", assembled)
+        with pytest.raises(CorpusError, match="another prepare took over"):
+            make(local / "source", url)
+    with pytest.raises(CorpusError, match="unfinished"):
+        Manifest.load(url)
 
 
 def test_training_reads_it_through_a_cache_that_is_too_small_for_all(

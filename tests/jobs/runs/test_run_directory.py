@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.claims import Claim
 from jobs.errors import ExitCode, UserError
 from jobs.runs.lease import Fence, Lease, LeaseLostError
 from jobs.runs.run_directory import RunDirectory, RunRecord, list_runs
+from pipeline.claims import Claim
 
 RACERS, ATTEMPTS = 6, 10
 FINGERPRINTS = {"train": "a" * 64, "validation": "b" * 64}

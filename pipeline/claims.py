@@ -17,11 +17,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.errors import UserError
 from pipeline.errors import CorpusError
 from pipeline.storage import Store
 
 log = logging.getLogger("tvq.claims")
+
+CLAIM = "lease.json"
+"""The file of a claim, unless it is given another name."""
+CLAIMS_BEFORE = "leases/"
+"""The folder of what says that a claim was superseded."""
 
 
 class Holder(NamedTuple):
@@ -50,7 +54,7 @@ class Claim:
         self,
         store: Store,
         *,
-        file: str = "lease.json",
+        file: str = CLAIM,
         clock: Callable[[], float] = time.time,
         expire_seconds: float = 60,
     ):
@@ -172,7 +176,7 @@ class Claim:
         return (json.dumps(holder._asdict(), indent=2) + "\n").encode()
 
 
-def holder_of(store: Store, file: str = "lease.json") -> Holder | None:
+def holder_of(store: Store, file: str = CLAIM) -> Holder | None:
     """Who holds the claim that lies in `file`; None where nobody does."""
     holder = _read(store, file)
     while holder and (successor := _read(store, _successor(holder.owner))):
@@ -181,7 +185,7 @@ def holder_of(store: Store, file: str = "lease.json") -> Holder | None:
 
 
 def _successor(owner: str) -> str:
-    return f"leases/{owner}.json"
+    return f"{CLAIMS_BEFORE}{owner}.json"
 
 
 def _read(store: Store, name: str) -> Holder | None:
@@ -191,7 +195,7 @@ def _read(store: Store, name: str) -> Holder | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
-        raise UserError(
+        raise CorpusError(
             f"{store.location}/{name}: damaged; remove it if nothing works under that claim"
         ) from None
 
