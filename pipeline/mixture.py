@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import CorpusError
-from pipeline.manifest import Manifest, Split, TokenizerInfo
+from pipeline.manifest import SPLITS, Manifest, Split, TokenizerInfo
 from pipeline.order import Order, mix
 from pipeline.windows import WindowMode, Windows, window_count
 
@@ -116,6 +116,10 @@ class Mixture:
         if split != "train":
             return "+".join(prints)
         return _joined([corpus.weight for corpus in self.corpora], prints)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of every split."""
+        return {split: self.fingerprint(split) for split in SPLITS}
 
     def difference(self, split: str, recorded: str) -> str | None:
         """How a training that recorded this fingerprint of a split was begun otherwise, as the end

@@ -133,7 +133,7 @@ def object_store() -> Iterator[ObjectStoreServer]:
         pytest.skip("fake-gcs-server has no binary for this machine")
     with contextlib.ExitStack() as stack:
         objects = stack.enter_context(tempfile.TemporaryDirectory(prefix="tvq-objects-"))
-        port = _free_port()
+        port = free_port()
         proxy = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         proxy.daemon_threads = True
         host = f"127.0.0.1:{proxy.server_port}"
@@ -265,7 +265,8 @@ def _changed(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody has, for a server that is started at once."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -37,7 +37,6 @@ from jobs.training.validation import Validation
 from jobs.units import training_units
 from model.sharding import batch_sharding, make_mesh
 from pipeline.loader import training_batches
-from pipeline.manifest import SPLITS
 from pipeline.mixture import Mixture
 from pipeline.patient_store import patiently
 
@@ -119,7 +118,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
         fence,
         keep=recipe.checkpoint,
         recipe=to_yaml(recipe),
-        fingerprints={split: mixture.fingerprint(split) for split in SPLITS},
+        fingerprints=mixture.fingerprints(),
         before_commit=spool.wait if spool else lambda: None,
     )
     validation = Validation(recipe, mixture, layout, programs.evaluate)

@@ -8,7 +8,6 @@ from jobs.checkpoints import init_from
 from jobs.errors import UserError
 from jobs.recipe import Recipe
 from jobs.runs.run_directory import RunDirectory, RunRecord
-from pipeline.manifest import SPLITS
 from pipeline.mixture import Mixture
 from pipeline.shards import check_length
 from pipeline.storage import open_store
@@ -81,9 +80,9 @@ def begin_or_resume(
     recipe, origin = settled(run, recipe, stated), None
     if not stored:
         recipe, origin = init_from.look_up(recipe, run.root)
-    fingerprints = {split: mixture.fingerprint(split) for split in SPLITS}
-    record = run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe), origin)
-    if not stored and record.identity != recipes.identity(recipe):
+    identity, text = recipes.identity(recipe), recipes.to_yaml(recipe)
+    record = run.claim(identity, mixture.fingerprints(), text, origin)
+    if not stored and record.identity != identity:
         raise UserError(
             f"run {run.name}: was begun this moment by another process with other mathematics;"
             " choose another name with --run"

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -18,13 +17,7 @@ from jobs.doctor import machine_checks, service_checks
 from jobs.doctor.checkup import Finding, redacted
 from jobs.errors import ExitCode
 from jobs.recipe import ClusterConfig
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
+from tests.services import free_port
 
 # ---- This machine --------------------------------------------------------------------------------
 

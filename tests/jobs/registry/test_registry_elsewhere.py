@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from jobs.training.train import train
 from model.sampling import Filters
 from pipeline.storage import open_store
 from tests.micro import write_micro
+from tests.services import free_port
 
 pytestmark = [pytest.mark.tracking, pytest.mark.slow]
 
@@ -82,9 +82,7 @@ def test_a_server_is_given_the_files_that_it_cannot_see(tmp_path: Path):
     store = embedded_store(tmp_path / "server")
     first = Tracker.start(store.uri, "e", "first", "k", artifact_location=store.artifact_location)
     assert first.finish("FINISHED")  # the database exists
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     uri = f"http://127.0.0.1:{port}"
     with ui.serve(store, tmp_path / "log", port):
         run = trained(tmp_path, tmp_path / "runs", uri)

@@ -18,6 +18,7 @@ from jobs.runs.metric_spool import MetricPoint, MetricSpool, segments
 from jobs.tracking.reading import history
 from jobs.tracking.store import Store, embedded_store
 from jobs.tracking.tracker import Tracker
+from tests.services import free_port
 
 pytestmark = pytest.mark.tracking
 
@@ -143,9 +144,7 @@ def test_a_training_tracked_through_a_server_that_comes_late_and_dies_loses_noth
     store = embedded_store(root)
     first = Tracker.start(store.uri, "e", "first", "k0", artifact_location=store.artifact_location)
     assert first.finish("FINISHED")  # The database exists.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     said: list[str] = []
     uri = f"http://127.0.0.1:{port}"
     tracker = Tracker.start(uri, "e2", "r", "k", say=said.append)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from jobs.checkpoints.restore import leaf_sums, restore_newest
 from jobs.runs.run_directory import RunDirectory
 from pipeline.loader import training_batches
 from tests.micro import write_micro
+from tests.services import free_port
 
 pytestmark = pytest.mark.compiles
 
@@ -77,9 +77,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
     run = RunDirectory.at(folder, "first")
     run.claim("identity", {}, "")
     (run.path / "lease.json").write_text('{"owner": "the test"}')
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(2):
         with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
