@@ -29,7 +29,7 @@ from jobs.tracking.tracker import Tracker
 from jobs.training.loop_contract import Outcome
 from jobs.training.settled import begin_or_resume, changed_fields, with_corpora
 from jobs.training.stopping import StopReason, StopRequests
-from jobs.training.trainer import run_loop
+from jobs.training.trainer import run_loop, worker_session
 from model.counts import flops_per_token, parameter_count
 from pipeline.errors import CorpusError
 from pipeline.mixture import Mixture
@@ -118,7 +118,10 @@ def train(
                     return Outcome(done, StopReason.NONE)
                 return run_loop(run, recipe, lease.owner)
 
-            with stops.heard():
+            with contextlib.ExitStack() as session:
+                if not finished:
+                    session.enter_context(worker_session(recipe.cluster))
+                session.enter_context(stops.heard())
                 outcome = _supervise(
                     run, recipe, loop, lease, tracker, store, console, stops, on_points
                 )

@@ -1,11 +1,12 @@
 """Runs the training loop on a Ray Train worker group, or in this process."""
 
+import contextlib
 import logging
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jobs.checkpoints.manifest import complete_checkpoints, newest_update
@@ -34,8 +35,25 @@ class WorkersLostError(Exception):
         self.starting = starting
 
 
+@contextlib.contextmanager
+def worker_session(cluster: ClusterConfig) -> Iterator[None]:
+    """The Ray session of a training; none where it runs in this process.
+
+    To be entered before `StopRequests.heard`: Ray's own handler of SIGTERM, which ends the process
+    (ray 2.60), takes the place of any other when the session begins, in whatever thread that is.
+
+    Raises:
+        UserError: no cluster answers at the address.
+    """
+    if cluster.most_workers == 0:
+        yield
+        return
+    with ray_session(cluster.address, cpus=cluster.most_workers * cluster.cpus_per_worker):
+        yield
+
+
 def run_loop(run: RunDirectory, recipe: Recipe, lease_owner: str) -> Outcome:
-    """Trains and returns when the training ended or was stopped.
+    """Trains, in a `worker_session`, and returns when the training ended or was stopped.
 
     A lost worker ends the whole group; Ray Train starts it anew, up to
     `cluster.max_restarts` times, and the loop goes on from the newest checkpoint. If one was added
@@ -58,31 +76,30 @@ def run_loop(run: RunDirectory, recipe: Recipe, lease_owner: str) -> Outcome:
         return train(settings)
     elastic = not isinstance(cluster.workers, int)
     failed_starts = 0
-    with ray_session(cluster.address, cpus=cluster.most_workers * cluster.cpus_per_worker):
-        while True:
-            before = newest_update(run)
-            try:
-                ended = on_workers(run_loop_in_worker, settings, cluster)
-            except WorkersLostError as error:
-                if newest_update(run) > before:
-                    failed_starts = 0
-                elif not error.starting or failed_starts == cluster.max_restarts:
-                    raise UserError(
-                        f"run {run.name}: training failed in batch {_next_batch(run)} or behind:"
-                        f" {error}; details in {run.logs}; the same command resumes from the last"
-                        " checkpoint",
-                        ExitCode.FAILED,
-                    ) from None
-                failed_starts += error.starting
-                log.warning("%s", error)
-                continue
-            if isinstance(ended, UserError):
-                raise ended
-            assert isinstance(ended, Outcome), ended
-            if elastic and ended.stopped in (StopReason.PREEMPTED, StopReason.RESIZED):
-                log.warning("saved at update %d; a new group goes on from there", ended.update)
-                continue
-            return ended
+    while True:
+        before = newest_update(run)
+        try:
+            ended = on_workers(run_loop_in_worker, settings, cluster)
+        except WorkersLostError as error:
+            if newest_update(run) > before:
+                failed_starts = 0
+            elif not error.starting or failed_starts == cluster.max_restarts:
+                raise UserError(
+                    f"run {run.name}: training failed in batch {_next_batch(run)} or behind:"
+                    f" {error}; details in {run.logs}; the same command resumes from the last"
+                    " checkpoint",
+                    ExitCode.FAILED,
+                ) from None
+            failed_starts += error.starting
+            log.warning("%s", error)
+            continue
+        if isinstance(ended, UserError):
+            raise ended
+        assert isinstance(ended, Outcome), ended
+        if elastic and ended.stopped in (StopReason.PREEMPTED, StopReason.RESIZED):
+            log.warning("saved at update %d; a new group goes on from there", ended.update)
+            continue
+        return ended
 
 
 def on_workers(
