@@ -1,6 +1,10 @@
 """What an error of a library that reads or writes checkpoints says of the store behind it."""
 
+import logging
 import re
+import sys
+from collections.abc import Callable
+from typing import Any
 
 from pipeline import google_storage
 from pipeline.errors import CorpusError, PassingFaultError
@@ -25,3 +29,24 @@ def may_pass(error: BaseException) -> bool:
 def of_the_store(error: BaseException) -> bool:
     """Whether the store is the trouble, and not what it holds."""
     return may_pass(error) or bool(_REFUSED.search(f"{error!r}"))
+
+
+def quiet_failed_saves() -> None:
+    """Leaves it to us to say that a save failed, in one line.
+
+    Else asyncio and absl log the traceback of every array of it, and tensorstore prints one for
+    every array of which it cannot tell Orbax any more, whose event loop is closed after the first.
+    """
+    for library in ("asyncio", "absl"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    if not isinstance(sys.excepthook, _WithoutClosedLoops):
+        sys.excepthook = _WithoutClosedLoops(sys.excepthook)
+
+
+class _WithoutClosedLoops:
+    def __init__(self, shown: Callable[..., Any]):
+        self._shown = shown
+
+    def __call__(self, kind: type[BaseException], error: BaseException, *trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            self._shown(kind, error, *trace)

@@ -23,7 +23,7 @@ from jobs.checkpoints.manifest import (
 )
 from jobs.checkpoints.restore import jitted_leaf_sums, signatures
 from jobs.checkpoints.retention import retire
-from jobs.checkpoints.store_faults import may_pass
+from jobs.checkpoints.store_faults import may_pass, quiet_failed_saves
 from jobs.errors import ExitCode, UserError
 from jobs.recipe import CheckpointConfig
 from jobs.runs.lease import Fence, LeaseLostError
@@ -75,9 +75,7 @@ class CheckpointWriter:
         before_commit: Callable[[], None] = lambda: None,
     ):
         """Called by every host at the same time; `before_commit` is called on rank 0."""
-        # They print the traceback of every array of a save that fails; we say it in one line.
-        for library in ("asyncio", "absl"):
-            logging.getLogger(library).setLevel(logging.CRITICAL)
+        quiet_failed_saves()
         self._run = run
         self._fence = fence
         self._keep = keep
@@ -263,9 +261,14 @@ class CheckpointWriter:
                 metrics=position.metrics,
                 created=position.begun,
             )
-            self._before_commit()
-            self._fence.check()
-            commit(self._run, manifest, self._fence.check)
+            try:
+                self._before_commit()
+                self._fence.check()
+                commit(self._run, manifest, self._fence.check)
+            except LeaseLostError:  # no manifest will ever name what was written
+                with contextlib.suppress(CorpusError):
+                    arrays.remove_tree("")
+                raise
             self._figures[_LAG] = time.time() - position.begun
             try:
                 remove_other_attempts(self._run, manifest)

@@ -158,9 +158,9 @@ def ended(jobs: RayJobs, job: Job, console: Console) -> ExitCode | int:
     elif job.status == "STOPPED":
         console.warning(f"{job.submission_id}: stopped; submit it again to go on")
     else:
-        console.warning(f"{job.submission_id}: failed with exit code {int(code)}")
-        for line in failure(jobs.log(job.submission_id)) or [job.message]:
-            console.warning(f"  {line}")
+        reason = failure(jobs.log(job.submission_id)) or [job.message]
+        said = [f"{job.submission_id}: failed with exit code {int(code)}", *reason]
+        console.warning("\n  ".join(said))
     return code
 
 

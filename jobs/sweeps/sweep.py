@@ -5,6 +5,7 @@ a name made of its values. So it does not matter what Tune remembers of a sweep 
 a training that had begun is found and goes on, one that is done is not done again.
 """
 
+import contextlib
 import io
 import os
 import shutil
@@ -111,7 +112,8 @@ def _fit(sweep: Sweep, root: Path, console: Console) -> list[Trial]:
             tune_config=_tune_config(sweep),
             run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0),
         )
-    grid = tuner.fit()
+    with contextlib.redirect_stdout(io.StringIO()):  # Tune prints a table at any verbosity
+        grid = tuner.fit()
     trials = []
     for result in grid:
         if result.config is not None:

@@ -54,6 +54,7 @@ def test_a_flow_every_minute_over_a_corpus_that_grows(tmp_path: Path, monkeypatc
 
     grow(0, 60)
     assert run_cli(list(ADD)) == ExitCode.OK
+    capsys.readouterr()
     daemon = subprocess.Popen([*TVQ, "schedule", "serve"])
     try:
         wait_for(1)
