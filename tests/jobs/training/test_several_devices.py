@@ -155,7 +155,7 @@ def test_damage_that_one_host_sees_makes_both_take_the_one_before(two: Two, harm
 def test_each_host_is_told_of_by_its_lowest_rank(two: Two):
     used = {0: 25.0, 1: 75.0}, {0: 20.0, 1: 80.0}  # of memory, of processors: percent by rank
 
-    def told(rank: int, group: str) -> dict[str, float]:
+    def told(rank: int, group: str) -> dict[str, Any]:
         memory, processors = (percent[rank] for percent in used)
         return {
             f"system/{group}cpu_utilization_percentage": pytest.approx(processors),
