@@ -44,8 +44,9 @@ from model.scoring import token_scores
 from model.stability import SpikeStatistics, judge, no_statistics
 from model.transformer import Cache, bind, initial_cache, initial_network
 
-UPDATE_STREAM, BATCH_STREAM, CODEBOOK_STREAM = 0, 1, 2
-"""Keys of random numbers that are drawn anew each update, once a batch, and before the first."""
+UPDATE_STREAM, BATCH_STREAM, CODEBOOK_STREAM, SAMPLE_STREAM = 0, 1, 2, 3
+"""Keys of random numbers that are drawn anew each update, once a batch, before the first, and by
+what is written meanwhile."""
 
 CANDIDATES_PER_CODE = 16
 """Keys of the first update over codewords that k-means is given, at most."""

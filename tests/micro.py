@@ -23,6 +23,7 @@ training:
   update_length: 32
   evaluate_every: 20
   evaluate_windows: 8
+  samples: 0
 checkpoint:
   every: 4
 optimizer:

@@ -45,10 +45,12 @@ WITH_JAX = {
     "jobs/checkpoints/writer.py",
     "jobs/training/fallback.py",
     "jobs/training/global_batch.py",
+    "jobs/training/host_load.py",
     "jobs/training/loop.py",
     "jobs/training/profile_trace.py",
     "jobs/training/programs.py",
     "jobs/training/recorder.py",
+    "jobs/training/samples.py",
     "jobs/training/validation.py",
 }
 """The files of `jobs` that import JAX when they are imported: what a worker runs, nothing else."""

@@ -110,7 +110,7 @@ def _prepared(recipe: Recipe, updates: int, compiled: Path) -> Recipe:
         recipe,
         training=dataclasses.replace(
             recipe.training, steps=steps, evaluate_every=steps,
-            evaluate_windows=recipe.training.batch_size,
+            evaluate_windows=recipe.training.batch_size, samples=0,
         ),
         optimizer=dataclasses.replace(recipe.optimizer, warmup_steps=0),
         checkpoint=dataclasses.replace(recipe.checkpoint, every=every),

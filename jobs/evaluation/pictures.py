@@ -1,8 +1,10 @@
 """Sampled pictures as files."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import numpy.typing as npt
 
 from jobs.errors import UserError
@@ -31,3 +33,13 @@ def save_pictures(
             f"--output {folder}: cannot be written ({error.strerror or error})"
         ) from None
     return paths
+
+
+def pictures_in_a_row(tokenizer: ImageTokenizer, written: Sequence[npt.NDArray]) -> bytes:
+    """A PNG of all samples, a model's ids [12288] each, side by side."""
+    from PIL import Image
+
+    pixels = [tokenizer.picture(ids - TOKEN_OFFSET) for ids in written]
+    file = io.BytesIO()
+    Image.fromarray(np.concatenate(pixels, axis=1)).save(file, format="png")
+    return file.getvalue()

@@ -99,7 +99,7 @@ def sample_command(
         paths = save_pictures(tokenizer, list(written), output or Path("samples"), run.name)
         drawn = [Sample("", str(path), tokens, False) for path in paths]
     else:
-        drawn = [_sample(tokenizer, *each) for each in zip(typed, written, strict=True)]
+        drawn = [sample_of(tokenizer, *each) for each in zip(typed, written, strict=True)]
 
     if as_json:
         console.json(
@@ -121,7 +121,7 @@ def sample_command(
     return drawn
 
 
-def _sample(tokenizer: Tokenizer, prompt: bytes, ids: npt.NDArray[np.int32]) -> Sample:
+def sample_of(tokenizer: Tokenizer, prompt: bytes, ids: npt.NDArray[np.int32]) -> Sample:
     """What was written [tokens] behind a prompt, as text."""
     ends = np.flatnonzero(ids == EOS)
     count = int(ends[0]) if len(ends) else len(ids)

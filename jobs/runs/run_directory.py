@@ -7,6 +7,7 @@
              closed.json   the last update, once MLflow holds everything up to it
              stop          there while the training is asked to save and end
              checkpoints/  metrics/  ledger/  logs/
+             samples/      what the model wrote while it was trained (jobs/training/samples.py)
              evaluations/  what `tvq evaluate` found (jobs/evaluation/record.py)
 """
 

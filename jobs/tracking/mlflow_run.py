@@ -117,6 +117,11 @@ class MlflowRun:
             path.write_bytes(content)
             self.client.log_artifact(self.run_id, str(path), folder or None)
 
+    def missing_artifacts(self, folder: str, names: Collection[str]) -> list[str]:
+        """Which of these files the run does not have in its artifact folder."""
+        held = {each.path for each in self.client.list_artifacts(self.run_id, folder)}
+        return [name for name in names if f"{folder}/{name}" not in held]
+
     def history(self, metric: str) -> list[tuple[int, float]]:
         found = self.client.get_metric_history(self.run_id, metric)
         return [(one.step, one.value) for one in sorted(found, key=lambda m: (m.step, m.timestamp))]

@@ -164,6 +164,21 @@ class Tracker:
         """Stores a text as artifact `name`, over an earlier one."""
         self._queue(name, lambda: self._run.log_artifact(name, text.encode()))
 
+    def log_missing(
+        self, folder: str, names: Collection[str], read: Callable[[str], bytes]
+    ) -> None:
+        """Stores those files as artifacts in `folder` that are not there yet.
+
+        `read` gives a file by its name, and is asked for no other, when it is sent.
+        """
+
+        def send() -> None:
+            for name in self._run.missing_artifacts(folder, names):
+                self._run.log_artifact(f"{folder}/{name}", read(name))
+
+        if names:
+            self._queue(folder, send)
+
     def log_curves(self, name: str, metrics: Sequence[str], draw: Drawing) -> None:
         """Stores `draw` of the run's metrics as artifact `name`, once all points are stored.
 

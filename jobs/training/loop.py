@@ -5,6 +5,7 @@ It knows nothing of Ray: `train` is a plain call, made once in every process of 
 
 import contextlib
 import os
+import socket
 from functools import partial
 
 import jax
@@ -32,6 +33,7 @@ from jobs.training.memory_use import memory_use
 from jobs.training.profile_trace import ProfileTrace
 from jobs.training.programs import Programs
 from jobs.training.recorder import Recorder
+from jobs.training.samples import Samples
 from jobs.training.stopping import Notice, StopReason
 from jobs.training.validation import Validation
 from jobs.units import training_units
@@ -52,7 +54,8 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
     training = recipe.training
     primary = jax.process_index() == 0
     run_log.open_log(run.logs, f"rank-{jax.process_index()}")
-    run_log.event("group start", rank=jax.process_index(), worker_pid=os.getpid())
+    who = {"rank": jax.process_index(), "host": socket.gethostname(), "worker_pid": os.getpid()}
+    run_log.event("group start", **who)
     ledger = Ledger(run.store) if primary else None
     goodput = Goodput(ledger, settings.lease_owner)
     keep_freed_memory()
@@ -113,13 +116,20 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
         bits_per_byte=units.bits_per_byte,
         mfu=units.mfu,
     )
+    samples = Samples(run, recipe, mixture, mesh, programs.write)
+
+    def before_commit() -> None:
+        samples.wait()
+        if spool:
+            spool.wait()
+
     writer = CheckpointWriter(
         run,
         fence,
         keep=recipe.checkpoint,
         recipe=to_yaml(recipe),
         fingerprints=mixture.fingerprints(),
-        before_commit=spool.wait if spool else lambda: None,
+        before_commit=before_commit,
     )
     validation = Validation(recipe, mixture, layout, programs.evaluate)
     fallback = Fallback(run, recipe, programs)
@@ -134,7 +144,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
     calling = goodput.phase("compile")
     with contextlib.ExitStack() as closing:
         # The last one first.
-        for each in (ledger, goodput, spool, batches, writer, profile, watched):
+        for each in (ledger, goodput, spool, batches, samples, writer, profile, watched):
             if each is not None:
                 closing.callback(each.close)
         closing.enter_context(jax.transfer_guard("disallow"))
@@ -170,6 +180,9 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
             if last or update % training.evaluate_every == 0:
                 measure = goodput.phase("evaluation")(validation.measure)
                 scores = recorder.evaluation(update, partial(measure, state, update))
+            if samples.due(update):
+                write = goodput.phase("evaluation")(samples.write)
+                recorder.evaluation(update, partial(write, state, update))
             if last or stopped or update % recipe.checkpoint.every == 0:
                 recorder.flush()
                 # While updates are skipped, the state may be what they are skipped for.

@@ -1,14 +1,18 @@
 """The model's functions as the training loop calls them: compiled for its mesh."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jobs.recipe import Recipe
-from model.sharding import abstract_state, on_mesh
+from model.sampling import Filters, decode, prefill
+from model.sharding import abstract_state, on_mesh, replicated
 from model.training import (
+    SAMPLE_STREAM,
     Batch,
     TrainState,
     UpdateMetrics,
@@ -49,6 +53,20 @@ class Programs:
             nats = evaluation_step(model, state.params, state.codebooks, batch)
             return nats.sum(), batch.loss_mask.sum()
 
+        def write(
+            state: TrainState, prompts: jax.Array, filters: Filters, n_tokens: int
+        ) -> jax.Array:
+            params, codebooks = state.params, state.codebooks
+            # Compiled in half the time (4.6 and 8.2 CPU-seconds for `tiny`), and no slower.
+            rolled = dataclasses.replace(model, unrolled_layers=1)
+            # The draws are the same at each update, so that what differs is the model.
+            key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+            key = jax.random.fold_in(key, SAMPLE_STREAM)
+            n_rows, n_read = prompts.shape
+            read = prefill(rolled, params, codebooks, prompts, capacity=n_read + n_tokens)
+            rows = jnp.arange(n_rows)
+            return decode(rolled, params, codebooks, read, rows, n_tokens, key, filters).tokens
+
         self.abstract: TrainState = abstract_state(mesh, model, create)
         """Shapes and shardings of the state."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
@@ -70,3 +88,10 @@ class Programs:
             on_mesh(mesh, evaluate)
         )
         """(state, batch) -> the sum of its targets' nats, and their number."""
+        # Not `on_mesh`: parameters that `fsdp` splits would be gathered anew for every token, while
+        # XLA alone sums the few rows' products.
+        self.write: Callable[..., jax.Array] = jax.jit(
+            write, static_argnames=("filters", "n_tokens"), out_shardings=replicated(mesh)
+        )
+        """(state, prompts [R, P], filters, n_tokens) -> what follows each of them [R, n_tokens], on
+        every device."""

@@ -24,6 +24,7 @@ from jobs.runs.lease import Lease, LeaseLostError
 from jobs.runs.metric_spool import MetricPoint
 from jobs.runs.run_directory import RunDirectory
 from jobs.runs.run_figures import CURVES, curves_png
+from jobs.runs.sample_files import SAMPLES, sample_files
 from jobs.tracking.store import Store, embedded_store, without_credentials
 from jobs.tracking.tracker import Tracker
 from jobs.training.loop_contract import Outcome
@@ -313,7 +314,7 @@ def _supervise(
         nonlocal noted
         noted = noted or _note_tracking(run, tracker, store)
         folder = run if last else watched
-        manifests = complete_checkpoints(folder)
+        manifests, before = complete_checkpoints(folder), len(tracked)
         for manifest in manifests:
             # Its evaluation is in the spool before it is committed, and shown soon after.
             if manifest.update not in tracked and (manifest.update <= shown or last):
@@ -322,6 +323,10 @@ def _supervise(
                 metrics = evaluations.get(manifest.update, {})
                 tracker.log_checkpoint(manifest.update, uri, metrics)
                 tracked.add(manifest.update)
+        if last or len(tracked) > before:
+            tracker.log_missing(
+                SAMPLES, sample_files(folder.store), folder.store.child(SAMPLES).read
+            )
         if last or present - {manifest.update for manifest in manifests}:
             # What has files left is damaged, or about to be gone: not for us to call deleted.
             now = {manifest.update for manifest in manifests} | {*unfinished_updates(folder)}

@@ -349,6 +349,29 @@ def test_texts_of_the_driver_and_metrics_added_after_the_end(store: Store, start
     assert artifact(store, run_id, "samples/100.txt").decode() == "Once upon a tïme"
 
 
+def test_files_of_a_folder_are_stored_once_whatever_restarts(store: Store, start):
+    files = {"1.txt": b"first", "2.txt": b"second", "3.txt": b"third"}
+    asked: list[str] = []
+
+    def read(name: str) -> bytes:
+        asked.append(name)
+        return files[name]
+
+    tracker = start()
+    tracker.log_missing("samples", [], read)
+    tracker.log_missing("samples", ["1.txt"], read)
+    tracker.log_missing("samples", ["1.txt", "2.txt"], read)
+    run_id = run_id_of(tracker)
+    assert tracker.finish("KILLED")
+    again = start()
+    again.log_missing("samples", list(files), read)
+    assert again.finish("FINISHED")
+    assert asked == list(files)
+    held = client(store).list_artifacts(run_id, "samples")
+    assert [each.path for each in held] == [f"samples/{name}" for name in files]
+    assert artifact(store, run_id, "samples/3.txt") == b"third"
+
+
 # Points, and what may happen to them.
 
 

@@ -1,10 +1,11 @@
 """A program: one of two processes, of two devices each, that form one mesh.
 
-    python one_of_two_processes.py PORT RANK RUN_FOLDER CORPUS
+    python one_of_two_processes.py PORT RANK RUN_FOLDER CORPUS RECIPE
 
 Prints one JSON object of what it saw; `test_several_devices.py` starts both and compares. Saves
 and restores a checkpoint on the way, as the training loop does on several hosts; then restores
-again while rank 1 alone sees the newest checkpoint damaged.
+again while rank 1 alone sees the newest checkpoint damaged. Tells the load of two machines, then of
+one that both are on, and writes samples.
 """
 
 import contextlib
@@ -19,14 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jobs import recipe as recipes
 from jobs.checkpoints.restore import restore_newest
 from jobs.checkpoints.writer import CheckpointWriter
 from jobs.recipe import CheckpointConfig
 from jobs.runs.lease import Fence
 from jobs.runs.run_directory import RunDirectory
 from jobs.training.global_batch import GlobalBatch
+from jobs.training.host_load import HostLoad
+from jobs.training.programs import Programs
+from jobs.training.samples import Samples
 from model.sharding import batch_sharding, make_mesh
 from pipeline.loader import Batch, training_batches
+from pipeline.mixture import Mixture
 
 MESHES = {"data": (4, 1, 1), "fsdp": (1, 4, 1), "mixed": (2, 1, 2), "tensor": (1, 1, 4)}
 BATCH_SIZE = 6
@@ -121,13 +127,52 @@ HARMS = {"length": truncate, "content": overwrite, "listing": unlist}
 """What a host finds out by the length check, as it reads, and before both."""
 
 
+def loads(rank: int, folder: Path, machines: tuple[str, str]) -> list[dict[str, float]]:
+    """What this rank is told twice; its machine has 100 MB, of which rank 1 uses more."""
+    proc = folder / f"proc-{machines[rank]}-{rank}"
+    (proc / "sys/kernel/random").mkdir(parents=True)
+    (proc / "sys/kernel/random/boot_id").write_text(machines[rank])
+    (proc / "meminfo").write_text(f"MemTotal: 1000 kB\nMemAvailable: {750 - 500 * rank} kB\n")
+    (proc / "stat").write_text("cpu 0 0 0 0 0 0 0 0\n")
+    load = HostLoad(proc)
+    (proc / "stat").write_text(f"cpu {20 + 60 * rank} 0 0 {80 - 60 * rank} 0 0 0 0\n")
+    with jax.transfer_guard("disallow"):  # as in the loop
+        return [load.values(), load.values()]
+
+
+def samples(run: RunDirectory, corpus: Path, file: Path) -> dict[str, Any]:
+    """Whether all parameters were at one place when a text was written, and the text."""
+    fields = ("training.samples=3", "cluster.fsdp=2", "cluster.tensor=2")
+    recipe = recipes.resolve(recipes.load(str(file), (f"data.corpus={corpus}", *fields)))
+    mesh = make_mesh(jax.devices(), data=1, fsdp=2, tensor=2)
+    programs = Programs(recipe, mesh)
+    state = programs.create()
+    kept = Samples(run, recipe, Mixture.load(recipe.data.corpora), mesh, programs.write)
+    with contextlib.closing(kept), jax.transfer_guard("disallow"):
+        assert not kept.due(7)
+        assert kept.due(20)
+        kept.write(state, 20)
+    return {"split": not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params))}
+
+
 def main() -> None:
-    port, rank, folder, corpus = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
+    port, rank = sys.argv[1], int(sys.argv[2])
+    folder, corpus, recipe = (Path(argument) for argument in sys.argv[3:])
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, initialization_timeout=120)
-    seen = {"batches": batches(rank, corpus), "checkpoint": checkpoint(RunDirectory(folder))}
+    run = RunDirectory(folder)
+    own = folder.parent / f"of-rank-{rank}"  # whoever writes is seen
+    seen = {
+        "batches": batches(rank, corpus),
+        "checkpoint": checkpoint(run),
+        "loads": {
+            "two machines": loads(rank, own, ("one", "other")),
+            "one machine": loads(rank, own, ("same", "same")),
+        },
+        "samples": samples(RunDirectory(own), corpus, recipe),
+    }
     print(json.dumps(seen), flush=True)
     jax.distributed.shutdown()
 

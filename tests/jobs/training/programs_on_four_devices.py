@@ -17,6 +17,7 @@ from jobs.planning.compiled_costs import Cost, read_costs
 from jobs.recipe import Recipe
 from jobs.training.programs import Programs
 from model.counts import flops_per_token, flops_per_update, parameter_count
+from model.sampling import Filters
 from model.sharding import batch_sharding, make_mesh
 from tests.micro import RECIPE
 
@@ -92,6 +93,17 @@ def test_only_parameters_and_gradients_travel(split: Compiled, path: Path):
     # For the forward and for the backward pass.
     assert sent["all-gather"] <= 2 * 0.75 * parameters * UPDATES
     assert sent["all-reduce"] <= 1.1 * 1.5 * parameters * UPDATES
+
+
+def test_texts_are_written_without_the_weights_being_gathered(path: Path):
+    """Else they would be for every token; only activations of the few rows travel."""
+    recipe = resolved(path)
+    programs = Programs(recipe, make_mesh(jax.devices(), data=1, fsdp=4))
+    prompts = jax.ShapeDtypeStruct((2, 16), "int32")
+    write: Any = programs.write
+    lowered = write.lower(programs.abstract, prompts, filters=Filters(), n_tokens=8)
+    sent = read_costs(lowered.compile().as_text()).collectives
+    assert 0 < sent["all-gather"] < 0.05 * 4 * parameter_count(recipe.model).trained
 
 
 def test_no_device_keeps_the_weights_of_all_layers(split: Compiled):

@@ -1,4 +1,4 @@
-"""Load of a machine, from files of /proc written by hand."""
+"""Load of a machine, from files of /proc written by hand; of two, see test_several_devices.py."""
 
 from pathlib import Path
 

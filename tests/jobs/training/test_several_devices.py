@@ -1,5 +1,6 @@
 """What needs several devices or processes, in processes of its own: a process has one backend."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,10 +14,15 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from jobs import recipe as recipes
 from jobs.checkpoints.manifest import complete_checkpoints
 from jobs.checkpoints.restore import leaf_sums, restore_newest
 from jobs.runs.run_directory import RunDirectory
+from jobs.training.programs import Programs
+from jobs.training.samples import Samples
+from model.sharding import make_mesh
 from pipeline.loader import training_batches
+from pipeline.mixture import Mixture
 from tests.micro import write_micro
 from tests.services import free_port
 
@@ -73,7 +79,7 @@ class Two(NamedTuple):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
     folder = tmp_path_factory.mktemp("two processes")
-    corpus, _ = write_micro(folder)
+    corpus, recipe = write_micro(folder)
     run = RunDirectory.at(folder, "first")
     run.claim("identity", {}, "")
     (run.path / "lease.json").write_text('{"owner": "the test"}')
@@ -84,7 +90,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
             command = [sys.executable, HERE / "one_of_two_processes.py", str(port), str(rank)]
             processes.append(
                 subprocess.Popen(
-                    [*command, run.path, corpus],
+                    [*command, run.path, corpus, recipe],
                     cwd=ROOT,
                     env=environment(XLA_FLAGS="", NPROC="2"),
                     stdout=out,
@@ -142,6 +148,43 @@ def test_damage_that_one_host_sees_makes_both_take_the_one_before(two: Two, harm
     for seen in two.seen:
         assert seen["checkpoint"]["damaged"][harm]["update"] == 4
         assert seen["checkpoint"]["damaged"][harm]["same"]
+
+
+def test_each_host_is_told_of_by_its_lowest_rank(two: Two):
+    used = {0: 25.0, 1: 75.0}, {0: 20.0, 1: 80.0}  # of memory, of processors: percent by rank
+
+    def told(rank: int, group: str) -> dict[str, Any]:
+        memory, processors = (percent[rank] for percent in used)
+        return {
+            f"system/{group}cpu_utilization_percentage": pytest.approx(processors),
+            f"system/{group}system_memory_usage_megabytes": pytest.approx(memory * 10 * 1.024e-3),
+            f"system/{group}system_memory_usage_percentage": pytest.approx(memory),
+        }
+
+    for seen in two.seen:  # both know, rank 0 records
+        first, then = seen["loads"]["two machines"]
+        assert first == told(0, "") | told(1, "host-1/")
+        # No processor time has gone by since.
+        assert then == {name: value for name, value in first.items() if "cpu" not in name}
+        assert seen["loads"]["one machine"][0] == told(0, "")
+
+
+def test_all_hosts_write_one_text_and_rank_0_keeps_it(two: Two):
+    assert all(seen["samples"]["split"] for seen in two.seen)
+    ours, other = (two.run.path.with_name(f"of-rank-{rank}") / "samples" for rank in range(2))
+    assert not other.exists()
+    text = (ours / "00000020.txt").read_text()
+    # One device, which draws from the same logits but for rounding.
+    fields = (f"data.corpus={two.corpus}", "training.samples=3")
+    recipe = recipes.resolve(recipes.load(str(two.corpus.with_name("micro.yaml")), fields))
+    mesh = make_mesh(jax.devices()[:1])
+    programs = Programs(recipe, mesh)
+    alone = RunDirectory(two.corpus.with_name("alone"))
+    kept = Samples(alone, recipe, Mixture.load(recipe.data.corpora), mesh, programs.write)
+    with contextlib.closing(kept):
+        kept.write(programs.create(), 20)
+    expected = (alone.path / "samples" / "00000020.txt").read_text()
+    assert text == expected.replace("alone,", "of-rank-0,")
 
 
 def test_two_hosts_save_one_checkpoint_that_one_host_restores(two: Two):

@@ -147,9 +147,13 @@ def test_finished_run_that_mlflow_does_not_know_as_such_is_completed(workplace, 
     fields = json.loads((run.path / "run.json").read_text())
     fields |= {"name": "reopened", "run_key": "another", "mlflow_run_id": None}
     (run.path / "run.json").write_text(json.dumps(fields))
+    (run.path / "samples").mkdir()
+    (run.path / "samples" / f"{STEPS:08d}.txt").write_text("what it wrote then")
     output = tvq(workplace, *command_of("reopened"))
     assert f"already finished at update {STEPS}; completing it in MLflow" in output
     assert summary(run).status == "FINISHED"
+    [sent] = (workplace / "runs").glob("mlartifacts/**/artifacts/samples/*")
+    assert (sent.name, sent.read_text()) == (f"{STEPS:08d}.txt", "what it wrote then")
     assert "nothing to do" in tvq(workplace, *command_of("reopened"))
 
 
