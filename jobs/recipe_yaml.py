@@ -1,6 +1,7 @@
 """What a user writes of a recipe, as a plain tree: YAML files, the named recipes, overrides.
 
-Which fields there are and what they may be is for `jobs/recipe.py` to say.
+Which fields there are is for `jobs/recipe.py` to say, and what they may be together for
+`jobs/recipe_check.py`.
 """
 
 import dataclasses

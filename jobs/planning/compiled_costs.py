@@ -2,8 +2,7 @@
 
 XLA's own `cost_analysis` counts the body of a loop once, and a Transformer's step is loops within
 loops: updates, layers, blocks of the attention. Here each instruction counts as often as the loops
-around it go round. Nothing of JAX is needed: the text is read as it was printed, and so it can be
-kept and read again.
+around it go round.
 """
 
 import math
@@ -11,8 +10,16 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "s64": 64, "u64": 64, "f64": 64,
-         "c64": 64, "c128": 128}  # fmt: skip
+from jobs.planning.hlo_text import (
+    Array,
+    Instruction,
+    branches,
+    called,
+    constant,
+    group_size,
+    read_computations,
+)
+
 _PASSES = {"highest": 6, "high": 3}
 """Passes over a bfloat16 matrix unit that a product of float32 takes at that precision."""
 
@@ -26,30 +33,6 @@ _COLLECTIVES = (
 )  # fmt: skip
 _SLICES = ("dynamic-slice", "slice", "gather")
 _SEE_THROUGH = ("bitcast", "reshape", "copy", "transpose")
-
-
-class Array(NamedTuple):
-    """An array of the program."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    size: int
-    """Bytes, with the padding of the device's tiles."""
-    memory: int
-    """Memory space: 0 is the device's main memory, others are on the chip itself."""
-
-
-class Instruction(NamedTuple):
-    """A line of the program."""
-
-    name: str
-    opcode: str
-    arrays: tuple[Array, ...]
-    """What it gives."""
-    operands: tuple[str, ...]
-    rest: str
-    """Its attributes."""
-    root: bool
 
 
 class Cost(NamedTuple):
@@ -77,7 +60,7 @@ def read_costs(text: str) -> Cost:
 
 class _Program:
     def __init__(self, text: str):
-        self._computations, self._entry = _computations(text)
+        self._computations, self._entry = read_computations(text)
         self._flops = self._unit_flops = self._traffic = self._open_loops = 0
         self._collectives: dict[str, int] = {}
         self._times: dict[tuple[int, int], int] = {}
@@ -94,11 +77,11 @@ class _Program:
             if opcode == "while":
                 trips = self._trips(instruction, table)
                 self._open_loops += trips is None
-                self._walk(_called(instruction, "body"), rounds * (1 if trips is None else trips))
+                self._walk(called(instruction, "body"), rounds * (1 if trips is None else trips))
             elif opcode == "conditional":
-                self._walk(self._heaviest(_branches(instruction)), rounds)
+                self._walk(self._heaviest(branches(instruction)), rounds)
             elif opcode == "call":
-                self._walk(_called(instruction, "to_apply"), rounds)
+                self._walk(called(instruction, "to_apply"), rounds)
             elif opcode not in _FREE:
                 self._count(instruction, table, rounds)
 
@@ -127,7 +110,7 @@ class _Program:
             flops = _flops(instruction, table)
             return flops, flops * _passes(instruction, table)
         flops = unit_flops = 0
-        if inner := _called(instruction, "calls"):
+        if inner := called(instruction, "calls"):
             for each in self._computations[inner].values():
                 more = self._products(each, self._computations[inner], rounds)
                 flops, unit_flops = flops + more[0], unit_flops + more[1]
@@ -152,7 +135,7 @@ class _Program:
         if opcode == "dynamic-update-slice":
             update = table[instruction.operands[1]]
             return _touched(update, update) + _in_main_memory(update.arrays)
-        if opcode == "fusion" and (inner := _called(instruction, "calls")):
+        if opcode == "fusion" and (inner := called(instruction, "calls")):
             return self._bytes_of_fusion(instruction, table, self._computations[inner])
         read = sum(_in_main_memory(table[name].arrays) for name in set(instruction.operands))
         return read + _in_main_memory(instruction.arrays)
@@ -194,13 +177,13 @@ class _Program:
         """Rounds of a loop that counts up by one to a constant; None of another."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(known[1])
-        condition = self._computations[_called(loop, "condition")]
+        condition = self._computations[called(loop, "condition")]
         root = next(each for each in condition.values() if each.root)
         if root.opcode != "compare" or "direction=LT" not in root.rest:
             return None
         counter, limit = (condition[name] for name in root.operands)
         index = re.match(r"index=(\d+)", counter.rest)
-        end = _constant(limit)
+        end = constant(limit)
         if counter.opcode != "get-tuple-element" or index is None or end is None:
             return None
         begin = self._beginning(table, loop.operands[0], int(index[1]))
@@ -214,10 +197,10 @@ class _Program:
         first = table[state.operands[index]]
         while first.opcode in ("copy", "bitcast") and first.operands:
             first = table[first.operands[0]]
-        return _constant(first) or 0
+        return constant(first) or 0
 
-    def _heaviest(self, branches: list[str]) -> str:
-        return max(branches, key=lambda name: len(self._computations[name]))
+    def _heaviest(self, computations: list[str]) -> str:
+        return max(computations, key=lambda name: len(self._computations[name]))
 
 
 # ---- Figures of an instruction -------------------------------------------------------------------
@@ -325,7 +308,7 @@ def _passes(product: Instruction, table: dict[str, Instruction]) -> int:
 
 def _sent(kind: str, instruction: Instruction, table: dict[str, Instruction]) -> int:
     """Bytes that each device sends, by the ring algorithms."""
-    n = _group(instruction.rest)
+    n = group_size(instruction)
     given = sum(a.size for name in instruction.operands for a in table[name].arrays)
     if kind == "collective-permute":
         return given
@@ -334,102 +317,3 @@ def _sent(kind: str, instruction: Instruction, table: dict[str, Instruction]) ->
     if kind == "all-gather":
         return given * (n - 1)
     return given * (n - 1) // n
-
-
-def _group(rest: str) -> int:
-    """Devices that take part in a collective together; XLA writes it in three ways."""
-    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", axes[2]))
-    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
-        return int(counted[1])
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
-    return len(listed[1].split(",")) if listed else 1
-
-
-# ---- Reading the text ----------------------------------------------------------------------------
-
-
-def _computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """By name, each computation's instructions by name; and which one is the entry."""
-    found: dict[str, dict[str, Instruction]] = {}
-    entry, inside = "", None
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            head = re.match(r"(ENTRY )?%?([\w.\-]+)", line)
-            if head is None or line.startswith("HloModule"):
-                continue
-            inside = found.setdefault(head[2], {})
-            entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
-            inside = None
-        elif inside is not None and " = " in line:
-            instruction = _instruction(line)
-            inside[instruction.name] = instruction
-    return found, entry
-
-
-def _instruction(line: str) -> Instruction:
-    name, _, right = line.strip().partition(" = ")
-    root = name.startswith("ROOT ")
-    end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
-    shapes, right = right[:end], right[end:].lstrip()
-    opcode, _, right = right.partition("(")
-    close = _closing(f"({right}", 0) - 1
-    inside, rest = right[:close], right[close + 1 :].lstrip(", ")
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    if opcode in ("parameter", "constant"):
-        rest = f"{inside}) {rest}"
-    return Instruction(
-        name.removeprefix("ROOT ").lstrip("%"), opcode, tuple(_arrays(shapes)), operands, rest, root
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    depth = 0
-    for index in range(start, len(text)):
-        if text[index] == "(":
-            depth += 1
-        elif text[index] == ")":
-            depth -= 1
-            if depth == 0:
-                return index
-    raise ValueError(f"not the text of a compiled program: {text[:80]}")
-
-
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
-
-
-def _arrays(shapes: str) -> Iterator[Array]:
-    for dtype, dims, layout in _ARRAY.findall(shapes):
-        shape = tuple(int(size) for size in dims.split(",") if size)
-        space = re.search(r"S\((\d+)\)", layout)
-        yield Array(dtype, shape, _bytes(dtype, shape, layout), int(space[1]) if space else 0)
-
-
-def _bytes(dtype: str, shape: tuple[int, ...], layout: str) -> int:
-    order, _, tiles = layout.partition(":")
-    physical = [shape[int(axis)] for axis in reversed(order.split(","))] if order else list(shape)
-    if tile := re.match(r"T\(([\d,]+)\)", tiles):
-        sizes = [int(size) for size in tile[1].split(",")]
-        for back, size in enumerate(reversed(sizes), start=1):
-            if back <= len(physical):
-                physical[-back] = -(-physical[-back] // size) * size
-    bits = _BITS.get(dtype) or int(re.sub(r"\D.*", "", dtype[1:]) or 32)
-    return math.prod(physical) * bits // 8
-
-
-def _called(instruction: Instruction, attribute: str) -> str:
-    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.rest)
-    return found[1] if found else ""
-
-
-def _branches(instruction: Instruction) -> list[str]:
-    if listed := re.search(r"branch_computations=\{([^}]*)\}", instruction.rest):
-        return [name.strip().lstrip("%") for name in listed[1].split(",")]
-    return [_called(instruction, f"{which}_computation") for which in ("true", "false")]
-
-
-def _constant(instruction: Instruction) -> int | None:
-    value = re.match(r"(-?\d+)\)", instruction.rest)
-    return int(value[1]) if instruction.opcode == "constant" and value else None

@@ -19,7 +19,6 @@ from pipeline.storage import Store
 
 log = logging.getLogger("tvq.ledger")
 
-_SKIPPED = re.compile(r"skipped-(\d{8,})\.json")
 _GOODPUT = re.compile(r"goodput-(\d{8,})\.json")
 
 
@@ -63,7 +62,7 @@ class Ledger:
         """`store` is the run directory's."""
         self._store = store.child("ledger")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ledger")
-        accounts = _numbers(self._store, _GOODPUT)
+        accounts = _accounts(self._store)
         self.earlier = [_read(self._store, name) for name in accounts.values()]
         """The accounts of the worker groups before this one, oldest first."""
         self._number = max(accounts, default=0) + 1
@@ -96,29 +95,19 @@ class Ledger:
             log.warning("the ledger lacks %s: %s", name, error)
 
 
-def skipped_batches(store: Store) -> list[SkippedBatch]:
-    """What the ledger in the run directory's store says was skipped, in order."""
-    ledger = store.child("ledger")
-    names = _numbers(ledger, _SKIPPED).values()
-    return [_skipped(json.loads(ledger.read(name))) for name in names]
-
-
 def skipped_batch(store: Store, batch: int) -> SkippedBatch | None:
-    """What it says of one batch; None if no update of it was skipped."""
+    """What the ledger in the run directory's store says of it; None if none of it was skipped."""
     try:
-        return _skipped(json.loads(store.child("ledger").read(f"skipped-{batch:08d}.json")))
+        fields = json.loads(store.child("ledger").read(f"skipped-{batch:08d}.json"))
     except FileNotFoundError:
         return None
-
-
-def _skipped(fields: dict[str, Any]) -> SkippedBatch:
     updates = [SkippedUpdate(**update) for update in fields.pop("updates")]
     return SkippedBatch(updates=updates, **fields)
 
 
-def _numbers(store: Store, pattern: re.Pattern[str]) -> dict[int, str]:
-    """The files of that name by their numbers."""
-    found = ((pattern.fullmatch(entry.name), entry.name) for entry in store.list())
+def _accounts(store: Store) -> dict[int, str]:
+    """The worker groups' accounts by their numbers."""
+    found = ((_GOODPUT.fullmatch(entry.name), entry.name) for entry in store.list())
     return dict(sorted((int(match[1]), name) for match, name in found if match))
 
 

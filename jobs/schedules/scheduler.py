@@ -26,8 +26,8 @@ from jobs.schedules.schedule import (
     newest_nominal,
     submission_id,
 )
+from jobs.schedules.tick_claims import TickClaims, TickKey
 from jobs.schedules.ticks import parse_tick, tick_id
-from pipeline.claims import Claim
 from pipeline.errors import CorpusError
 from pipeline.storage import Location
 
@@ -38,11 +38,6 @@ _CLOCKS_APART_SECONDS = 600.0
 daemon whose clock is less wrong would still run one of them."""
 _LOST_RETRIES = 3
 """Of a run that ended without a word, whatever `retries` says: nothing says that it is at fault."""
-
-
-class _Key(NamedTuple):
-    schedule: str
-    tick: str
 
 
 class _Look(NamedTuple):
@@ -88,13 +83,11 @@ class Scheduler:
         self._root = root
         self._launcher = launcher
         self._clock = clock
-        self._claim_seconds = claim_seconds
         self._run_state = run_state
         self._say = say
         self._warn = warn
-        self._held: dict[_Key, Claim] = {}
-        self._renewed: dict[_Key, float] = {}
-        self._closed: dict[_Key, Result] = {}
+        self._claims = TickClaims(clock, claim_seconds, say)
+        self._closed: dict[TickKey, Result] = {}
         """Ticks that nothing is left to do about: their results are read once."""
         self._failed: dict[str, float] = {}
         """When a submission was first seen to have failed."""
@@ -126,7 +119,7 @@ class Scheduler:
     @property
     def open(self) -> list[tuple[str, str]]:
         """Schedule and tick of all that this daemon still sees to."""
-        return [(key.schedule, key.tick) for key in self._held]
+        return [(key.schedule, key.tick) for key in self._claims.held]
 
     @property
     def outcomes(self) -> dict[tuple[str, str], Outcome]:
@@ -152,12 +145,7 @@ class Scheduler:
 
     def let_go(self) -> None:
         """The daemon ends: others may take over at once. What it launched goes on."""
-        for claim in self._held.values():
-            try:
-                claim.let_go()
-            except CorpusError as error:
-                log.warning("a claim was not let go, it expires: %s", error)
-        self._held.clear()
+        self._claims.let_go()
 
     # ---- One schedule ----------------------------------------------------------------------------
 
@@ -167,7 +155,7 @@ class Scheduler:
             return math.inf
         look = _Look(folder, schedule, folder.ticks())
         for tick in list(look.ticks):
-            if tick.claimed and _Key(folder.name, tick.id) not in self._closed:
+            if tick.claimed and TickKey(folder.name, tick.id) not in self._closed:
                 self._see_to(look, tick)
         for tick in list(look.ticks):
             if tick.by_hand and not tick.claimed:
@@ -211,45 +199,26 @@ class Scheduler:
             return
         tick = Tick(tick_id(missed[-1]))
         look.ticks.append(tick)
-        if self._is_mine(look.folder, tick):
+        if self._claims.claim(look.folder, tick):
             detail = f"{len(missed):,} ticks, no daemon saw to them"
             since = tick_id(missed[0])
             self._settle(look, tick, "missed", detail, since=since, missed=len(missed))
         missed.clear()
 
-    def _is_mine(self, folder: ScheduleFolder, tick: Tick) -> bool:
-        """Claims a tick that nobody has claimed; whether that succeeded."""
-        claim = self._new_claim(folder, tick)
-        won = claim.create()
-        tick.files.add("lease.json")
-        if won and tick.id < folder.horizon():  # it was over, and removed, since we listed it
-            folder.forget(tick.id)
-            return False
-        if won:
-            self._hold(folder, tick, claim)
-        return won
-
-    def _new_claim(self, folder: ScheduleFolder, tick: Tick) -> Claim:
-        return Claim(folder.tick(tick.id), clock=self._clock, expire_seconds=self._claim_seconds)
-
-    def _hold(self, folder: ScheduleFolder, tick: Tick, claim: Claim) -> None:
-        key = _Key(folder.name, tick.id)
-        self._held[key], self._renewed[key] = claim, self._clock()
-
     def _claim(self, look: _Look, tick: Tick) -> None:
-        if self._is_mine(look.folder, tick):
+        if self._claims.claim(look.folder, tick):
             self._begin(look, tick)
 
     # ---- One tick --------------------------------------------------------------------------------
 
     def _see_to(self, look: _Look, tick: Tick) -> None:
         """Does what is next for a tick, if it is ours or its daemon is dead."""
-        key = _Key(look.folder.name, tick.id)
+        key = TickKey(look.folder.name, tick.id)
         result = look.folder.result(tick.id) if tick.settled else None
         if result and (result.alert is None or "alerted.json" in tick.files):
             self._close(key, result)
             return
-        if not self._keep_or_take(key, look.folder, tick):
+        if not self._claims.keep_or_take(look.folder, tick):
             return
         if result:
             self._alert(look, tick, result)
@@ -257,25 +226,6 @@ class Scheduler:
             self._follow(look, tick)
         else:
             self._begin(look, tick)
-
-    def _keep_or_take(self, key: _Key, folder: ScheduleFolder, tick: Tick) -> bool:
-        claim = self._held.get(key)
-        now = self._clock()
-        if claim is None:
-            claim = self._new_claim(folder, tick)
-            if claim.take() is not None:
-                return False
-            if tick.id < folder.horizon():  # it was over: who removed it died at that
-                folder.forget(tick.id)
-                return False
-            self._say(f"{key.schedule} {key.tick}: taken over from a daemon that is gone")
-            self._hold(folder, tick, claim)
-        elif now - self._renewed[key] > self._claim_seconds / 4:
-            if not claim.renew():
-                del self._held[key]
-                return False
-            self._renewed[key] = now
-        return True
 
     def _begin(self, look: _Look, tick: Tick) -> None:
         """Launches a tick, unless the overlap policy says otherwise."""
@@ -293,7 +243,7 @@ class Scheduler:
             if other.id != tick.id
             and (other.id < tick.id or other.attempts)
             and (other.claimed and not other.settled)
-            and _Key(look.folder.name, other.id) not in self._closed
+            and TickKey(look.folder.name, other.id) not in self._closed
             and look.folder.result(other.id) is None  # it may have ended since it was listed
         ]
         if not others:
@@ -321,7 +271,7 @@ class Scheduler:
         self._submit(look.folder, tick, submission)
 
     def _submit(self, folder: ScheduleFolder, tick: Tick, submission: str) -> None:
-        if not self._held[_Key(folder.name, tick.id)].is_held():
+        if not self._claims.is_held(folder, tick):
             return
         flow = f"{folder.store.location}/flow.yaml"
         command = ["flow", "run", flow, "--tick", tick.id, "--root", str(self._root)]
@@ -400,14 +350,14 @@ class Scheduler:
         if alert:
             self._alert(look, tick, result)
         else:
-            self._close(_Key(look.folder.name, tick.id), result)
+            self._close(TickKey(look.folder.name, tick.id), result)
         look.folder.retire(look.ticks, look.schedule.history)
 
     def _before(self, look: _Look, tick: Tick) -> Outcome | None:
         """How the last tick ended before this one that was run, or should have been."""
         for other in sorted(look.ticks, key=lambda other: other.id, reverse=True):
             if other.id < tick.id and other.settled:
-                key = _Key(look.folder.name, other.id)
+                key = TickKey(look.folder.name, other.id)
                 result = self._closed.get(key) or look.folder.result(other.id)
                 if result and result.outcome in ("succeeded", "failed", "missed"):
                     return result.outcome
@@ -418,7 +368,7 @@ class Scheduler:
         event = self._event(look.schedule, tick, result)
         if hook is None or self._deliveries.deliver(hook, event, store):
             tick.files.add("alerted.json")
-            self._close(_Key(look.folder.name, tick.id), result)
+            self._close(TickKey(look.folder.name, tick.id), result)
 
     def _event(self, schedule: Schedule, tick: Tick, result: Result) -> dict[str, object]:
         submission = submission_id(schedule.name, tick.id, max(1, result.attempts))
@@ -433,7 +383,6 @@ class Scheduler:
             "ended": datetime.fromtimestamp(result.ended, UTC).isoformat(),
         }
 
-    def _close(self, key: _Key, result: Result) -> None:
+    def _close(self, key: TickKey, result: Result) -> None:
         self._closed[key] = result
-        self._held.pop(key, None)
-        self._renewed.pop(key, None)
+        self._claims.drop(key)

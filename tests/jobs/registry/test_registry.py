@@ -4,11 +4,8 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,7 @@ from jobs.console import Console
 from jobs.errors import ExitCode, UserError
 from jobs.evaluation.evaluate import evaluate_run
 from jobs.lineage.origins import lineage, lineage_command
-from jobs.lineage.provenance import Provenance, noted_starts, provenance
+from jobs.lineage.provenance import noted_starts, provenance
 from jobs.lineage.reproduce import reproduce_command
 from jobs.lineage.reproduction import open_points
 from jobs.registry import promote as promotions
@@ -28,7 +25,7 @@ from jobs.registry import register as registration
 from jobs.registry.promote import Promotion, promote
 from jobs.registry.promotion import METRICS, Decision
 from jobs.registry.register import Registered, register
-from jobs.registry.registered_model import CHAMPION, RECORD, ModelFolder, parse_reference
+from jobs.registry.registered_model import CHAMPION, RECORD, ModelFolder
 from jobs.registry.scored_version import scored
 from jobs.registry.text_model import WEIGHTS, TextModel
 from jobs.runs.run_directory import RunDirectory
@@ -36,6 +33,7 @@ from jobs.tracking import registry as mlflow_registry
 from jobs.tracking.store import embedded_store
 from jobs.training.train import train
 from model.sampling import Filters
+from tests.jobs.registry.with_the_champion import served
 from tests.micro import RECIPE
 from tests.pipeline.corpora import write_corpus
 
@@ -262,26 +260,6 @@ def test_a_champion_who_changed_meanwhile_is_not_replaced(
     mlflow_registry.delete_version(uri, "plays", theirs)
 
 
-SERVE = """
-import json, sys
-import mlflow, pandas as pd
-model = mlflow.pyfunc.load_model("models:/plays@champion")
-texts = pd.DataFrame({"text": json.loads(sys.argv[1])})
-written = model.predict(texts, params={"tokens": 20, "seed": 5, "temperature": 1.0})
-score = model.predict(texts, params={"task": "score"})
-print(json.dumps({"text": written["text"].tolist(), **score.to_dict("list")}))
-"""
-
-
-def served(uri: str, texts: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[3])
-    return subprocess.run(
-        [sys.executable, "-c", SERVE, json.dumps(texts)],
-        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 def test_a_fresh_process_scores_and_writes_with_the_champion(
     run: RunDirectory, both: list[Registered], uri: str, tmp_path: Path
 ):
@@ -373,15 +351,6 @@ def test_lineage_names_what_a_model_was_made_of(
         lineage(run.root, "plays@best")
 
 
-def test_references():
-    assert parse_reference("a") == ("a", None, None)
-    assert parse_reference("models:/a/3") == ("a", 3, None)
-    assert parse_reference("a@champion") == ("a", None, "champion")
-    for odd in ("a/b", "a@", "", "../a", "a/3/4"):
-        with pytest.raises(UserError, match="expected NAME"):
-            parse_reference(odd)
-
-
 def test_a_reproduction_is_the_same_to_the_last_bit_and_says_so(
     run: RunDirectory, uri: str, capsys: pytest.CaptureFixture[str]
 ):
@@ -429,16 +398,3 @@ def test_what_cannot_be_reproduced_is_said_or_refused(workplace: Path, run: RunD
     workers = dataclasses.replace(stored.cluster, workers=2)
     points = open_points(run, dataclasses.replace(stored, cluster=workers), stored)
     assert any("cluster.workers: 2 (0)" in point for point in points)
-
-
-def test_another_commit_version_or_machine_is_named():
-    then = Provenance("a" * 40, False, "3.11.7", {"jax": "0.10.2"}, {"cores": "2"})
-    now = Provenance("b" * 40, True, "3.11.8", {"jax": "0.10.3", "ray": "2"}, {"cores": "2"})
-    assert then.differences(then) == []
-    assert then.differences(now) == [
-        f"commit {'a' * 12}, now {'b' * 12}",
-        "files of this checkout have been changed since its commit",
-        "Python 3.11.7, now 3.11.8",
-        "jax 0.10.2, now 0.10.3",
-        "ray none, now 2",
-    ]

@@ -14,7 +14,6 @@ from jobs import recipe as recipes
 from jobs.cli.main import run_cli
 from jobs.errors import ExitCode, UserError
 from jobs.runs.lease import Lease
-from jobs.runs.ledger import skipped_batches
 from jobs.runs.metric_spool import read_segment, segments
 from jobs.runs.run_directory import RunDirectory
 from jobs.training import loop
@@ -22,6 +21,7 @@ from jobs.training.loop_contract import LoopSettings
 from model.training import go_on_from, initial_state, train_step
 from pipeline.loader import training_batches
 from pipeline.manifest import Manifest, Split
+from tests.jobs.training.skipped_batches import skipped_batches
 from tests.micro import write_micro
 
 pytestmark = pytest.mark.compiles

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.runs.ledger import Ledger, SkippedBatch, SkippedUpdate, skipped_batch, skipped_batches
+from jobs.runs.ledger import Ledger, SkippedBatch, SkippedUpdate, skipped_batch
 from jobs.training.goodput import PHASES, Goodput
 from pipeline.storage import open_store
+from tests.jobs.training.skipped_batches import skipped_batches
 
 
 class Clock:

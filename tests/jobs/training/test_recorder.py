@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jobs.runs.ledger import Ledger, skipped_batches
+from jobs.runs.ledger import Ledger
 from jobs.runs.metric_spool import MetricPoint, MetricSpool, read_segment, segments
 from jobs.training.codebook_watch import PATIENCE, CodebookWatch
 from jobs.training.recorder import Recorder
 from model.training import UpdateMetrics
 from pipeline.storage import open_store
+from tests.jobs.training.skipped_batches import skipped_batches
 
 NAMES = {
     "train/loss_nats_per_token": "loss",

@@ -371,7 +371,7 @@ def test_exported_and_imported_the_parameters_are_the_same_to_the_bit(
 @pytest.mark.compiles
 def test_a_flipped_bit_of_any_object_is_detected(bucket: str):
     from jobs.checkpoints.restore import restore
-    from tests.jobs.checkpoints.test_checkpoints import (
+    from tests.jobs.checkpoints.small_checkpoints import (
         abstract,
         assert_same,
         copied,
