@@ -101,7 +101,7 @@ def check(recipe: "Recipe", optimizer: OptimizerConfig, fields: Mapping[str, Any
         ("checkpoint.every", recipe.checkpoint.every),
     ):
         step = recipe.updates_per_batch
-        if value % step:
+        if value is not None and value % step:
             nearest = max(step, round(value / step) * step)
             raise ConfigError(
                 f"{name}: a batch takes sequence_length / update_length = {step} updates, so it"
