@@ -302,7 +302,8 @@ def _any_host(*flags: bool) -> list[bool]:
     """Whether each flag is raised on any host; all of them must ask at the same time."""
     if jax.process_count() == 1:
         return list(flags)
-    return [bool(flag) for flag in multihost_utils.process_allgather(np.array(flags)).any(axis=0)]
+    with jax.transfer_guard("allow"):  # under the loop's guard: the answer is read at once
+        return list(map(bool, multihost_utils.process_allgather(np.array(flags)).any(axis=0)))
 
 
 def _same_on_all_hosts(number: int) -> int:
