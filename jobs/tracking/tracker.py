@@ -169,12 +169,17 @@ class Tracker:
     ) -> None:
         """Stores those files as artifacts in `folder` that are not there yet.
 
-        `read` gives a file by its name, and is asked for no other, when it is sent.
+        `read` gives a file by its name, and is asked for no other, when it is sent; one that is
+        gone by then (`FileNotFoundError`) is left out.
         """
 
         def send() -> None:
             for name in self._run.missing_artifacts(folder, names):
-                self._run.log_artifact(f"{folder}/{name}", read(name))
+                try:
+                    content = read(name)
+                except FileNotFoundError:
+                    continue  # tried again, it would hold up all that is queued behind it
+                self._run.log_artifact(f"{folder}/{name}", content)
 
         if names:
             self._queue(folder, send)
