@@ -80,18 +80,6 @@ def test_two_processes_make_one_new_store_together_in_silence(tmp_path: Path):
 from pathlib import Path
 from jobs.tracking.store import embedded_store
 from jobs.tracking.tracker import Tracker
-from tests.jobs.tracking.tracked_training import (
-    LOSS,
-    REPOSITORY,
-    artifact,
-    client,
-    complete,
-    experiment_of,
-    loss,
-    run_id_of,
-    statuses,
-    write,
-)
 store = embedded_store(Path({str(root)!r}))
 tracker = Tracker.start(store.uri, "e", "r", "key", artifact_location=store.artifact_location)
 assert tracker.finish("FINISHED")
