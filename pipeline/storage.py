@@ -206,7 +206,8 @@ class LocalStore:
             except FileExistsError:
                 # A network file system may have lost the answer to a link that it made.
                 return path.is_file() and path.read_bytes() == data
-            sync_folder(path.parent)
+            with contextlib.suppress(FileNotFoundError):  # another has removed it, folder and all
+                sync_folder(path.parent)
             return True
 
     def scratch(self, name: str) -> Path:

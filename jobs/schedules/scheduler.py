@@ -154,6 +154,11 @@ class Scheduler:
         if schedule is None:
             return math.inf
         look = _Look(folder, schedule, folder.ticks())
+        listed = {tick.id for tick in look.ticks}
+        for key in self._claims.held:
+            # Over, and removed by another daemon: nobody would ever end it here.
+            if key.schedule == folder.name and key.tick not in listed:
+                self._claims.drop(key)
         for tick in list(look.ticks):
             if tick.claimed and TickKey(folder.name, tick.id) not in self._closed:
                 self._see_to(look, tick)

@@ -177,6 +177,18 @@ def test_what_a_daemon_left_that_was_killed_while_it_wrote(tmp_path: Path):
     assert cluster.launches == {f"nightly-{hours(1)[0]}": 1}
 
 
+def test_a_tick_that_another_daemon_ended_and_removed_is_not_waited_for(tmp_path: Path):
+    folder = add(tmp_path)
+    clock = Clock(BEGIN + timedelta(minutes=30))
+    scheduler = Scheduler(tmp_path, Cluster(clock, seconds=600), clock=clock)
+    id = folder.request(BEGIN + timedelta(minutes=30))
+    scheduler.step()
+    assert scheduler.open == [("nightly", id)]
+    folder.tick(id).remove_tree("")
+    scheduler.step()
+    assert scheduler.open == []
+
+
 def race(tmp_path: Path, root: str, n_ticks: int) -> list[str]:
     """Two processes over so many ticks, one a minute; returns what was run."""
     lines = tmp_path / "lines"
