@@ -39,14 +39,14 @@ def quiet_failed_saves() -> None:
     """
     for library in ("asyncio", "absl"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    if not isinstance(sys.excepthook, _WithoutClosedLoops):
-        sys.excepthook = _WithoutClosedLoops(sys.excepthook)
+    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
 
 
 class _WithoutClosedLoops:
-    def __init__(self, shown: Callable[..., Any]):
+    def __init__(self, shown: Callable[[Any], Any]):
         self._shown = shown
 
-    def __call__(self, kind: type[BaseException], error: BaseException, *trace: Any) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            self._shown(kind, error, *trace)
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._shown(unraisable)

@@ -286,6 +286,17 @@ def test_files_of_a_folder_are_stored_once_whatever_restarts(store: Store, start
     assert artifact(store, run_id, "samples/3.txt") == b"third"
 
 
+def test_a_file_that_is_gone_when_it_is_sent_holds_up_nothing(store: Store, start, tmp_path: Path):
+    (tmp_path / "2.txt").write_text("second")
+    tracker = start()
+    tracker.log_missing("samples", ["1.txt", "2.txt"], lambda name: (tmp_path / name).read_bytes())
+    tracker.log_text("later.txt", "said after it")
+    run_id = run_id_of(tracker)
+    assert tracker.finish("FINISHED")
+    assert artifact(store, run_id, "samples/2.txt") == b"second"
+    assert artifact(store, run_id, "later.txt") == b"said after it"
+
+
 # Reading, and what messages may not hold.
 
 
