@@ -44,6 +44,7 @@ def test_a_flow_every_minute_over_a_corpus_that_grows(tmp_path: Path, monkeypatc
             shutil.copy(path, "books")
 
     def history() -> list[dict]:
+        capsys.readouterr()  # what other commands said
         assert run_cli(["schedule", "history", "nightly", "--json"]) == ExitCode.OK
         return [t for t in json.loads(capsys.readouterr().out) if "ended" in t][::-1]
 
@@ -54,7 +55,6 @@ def test_a_flow_every_minute_over_a_corpus_that_grows(tmp_path: Path, monkeypatc
 
     grow(0, 60)
     assert run_cli(list(ADD)) == ExitCode.OK
-    capsys.readouterr()
     daemon = subprocess.Popen([*TVQ, "schedule", "serve"])
     try:
         wait_for(1)
