@@ -116,12 +116,12 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
         bits_per_byte=units.bits_per_byte,
         mfu=units.mfu,
     )
-    samples = Samples(run, recipe, mixture, mesh, programs.write)
+    samples = Samples(run, recipe, mixture, mesh, programs.write) if training.samples else None
 
     def before_commit() -> None:
-        samples.wait()
-        if spool:
-            spool.wait()
+        for each in (samples, spool):
+            if each is not None:
+                each.wait()
 
     writer = CheckpointWriter(
         run,
@@ -180,7 +180,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
             if last or update % training.evaluate_every == 0:
                 measure = goodput.phase("evaluation")(validation.measure)
                 scores = recorder.evaluation(update, partial(measure, state, update))
-            if samples.due(update):
+            if samples is not None and samples.due(update):
                 write = goodput.phase("evaluation")(samples.write)
                 recorder.evaluation(update, partial(write, state, update))
             if last or stopped or update % recipe.checkpoint.every == 0:

@@ -53,13 +53,16 @@ class Samples:
         mesh: Mesh,
         compute: Callable[..., jax.Array],
     ):
-        """`compute` is (state, prompts, filters, n_tokens) -> tokens, as `Programs.write`."""
+        """Of a recipe with `training.samples`.
+
+        `compute` is (state, prompts, filters, n_tokens) -> tokens, as `Programs.write`.
+        """
         training = recipe.training
         corpus = mixture.corpora[0]  # those of a mixture have one tokenizer
         self._tokenizer = patiently(lambda: tokenizer_of(corpus.path, corpus.manifest), corpus.path)
         self._pictures = isinstance(self._tokenizer, ImageTokenizer)
         self._prompts = np.full((training.samples, 1), EOS, np.int32)  # a picture needs no more
-        if training.samples and not self._pictures:
+        if not self._pictures:
             self._prompts = patiently(lambda: _passages(recipe, mixture), "the corpus")
         whole = replicated(mesh)
         self._placed = jax.make_array_from_callback(
@@ -75,7 +78,7 @@ class Samples:
 
     def due(self, update: int) -> bool:
         """Whether `write` is to be called after that update."""
-        return len(self._prompts) > 0 and (update == self._steps or update % self._every == 0)
+        return update == self._steps or update % self._every == 0
 
     def write(self, state: Any, update: int) -> dict[str, float]:
         """Samples the state after `update`; called by every process of the mesh. What it took."""

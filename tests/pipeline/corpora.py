@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
+from PIL import Image
 
+from pipeline.formats import FormatSettings
 from pipeline.manifest import (
     FORMAT_VERSION,
     FingerprintBuilder,
@@ -14,8 +16,12 @@ from pipeline.manifest import (
     Split,
     TokenizerInfo,
 )
+from pipeline.plan import PrepareSettings
+from pipeline.prepare import prepare
 from pipeline.shards import Row, Shard, ShardWriter
+from pipeline.sources import SourceSettings
 from pipeline.splits import SPLITS
+from pipeline.tasks import run_here
 from pipeline.tokenizers import ByteTokenizer
 
 Documents = Sequence[Sequence[bytes]]
@@ -31,6 +37,19 @@ def write_shard(corpus: Path, path: str, documents: Documents, first: int = 0) -
             tokens = np.frombuffer(text, np.uint8)
             writer.append(Row(f"doc{number}", part, tokens, len(text), len(text.split())))
     return writer.finish()
+
+
+def write_pictures(source: Path, corpus: Path) -> None:
+    """A folder of three pictures, and the corpus of them."""
+    source.mkdir()
+    for number in range(3):
+        Image.effect_noise((70, 64), 9 + number).convert("RGB").save(source / f"{number}.png")
+    settings = PrepareSettings(
+        SourceSettings((str(source),)),
+        format=FormatSettings(kind="images"),
+        tokenizer="image-64x64x3",
+    )
+    prepare(settings, corpus, run_here)
 
 
 def write_corpus(corpus: Path, **splits: Sequence[Documents]) -> Manifest:

@@ -10,6 +10,7 @@ import pytest
 from pipeline.errors import CorpusError, PassingFaultError
 from pipeline.patient_store import PatientStore, open_patient_store
 from pipeline.storage import LocalStore, Store
+from tests.logged import logged
 from tests.services import ObjectStoreServer
 
 
@@ -26,13 +27,8 @@ class Unwell(LocalStore):
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("tvq.storage")
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
+    with logged("tvq.storage", logging.WARNING) as messages:
+        yield messages
 
 
 def test_an_outage_is_waited_for_with_growing_pauses_and_told_once(tmp_path: Path, said: list[str]):

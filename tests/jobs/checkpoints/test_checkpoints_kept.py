@@ -20,6 +20,7 @@ from jobs.errors import UserError
 from jobs.recipe import CheckpointConfig, Recipe, to_yaml
 from jobs.runs.lease import Fence, Lease
 from jobs.runs.run_directory import RunDirectory
+from tests.logged import logged
 
 METRIC = "eval/bits_per_byte"
 
@@ -97,11 +98,10 @@ def test_a_save_that_would_wait_is_skipped_and_the_last_one_waits(run: RunDirect
         reached.set()
         assert stored.wait(60)
 
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("tvq.checkpoints").addHandler(handler)
-    with writing(run, CheckpointConfig(keep=9), slow_store) as writer:
+    with (
+        logged("tvq.checkpoints", logging.WARNING) as said,
+        writing(run, CheckpointConfig(keep=9), slow_store) as writer,
+    ):
         save(writer, 2, last=False)
         assert reached.wait(60)
         save(writer, 4, last=False)
@@ -112,7 +112,6 @@ def test_a_save_that_would_wait_is_skipped_and_the_last_one_waits(run: RunDirect
         save(writer, 8)
         assert [found.update for found in complete_checkpoints(run)] == [2, 8]
         assert writer.figures()["checkpoint/upload_lag_seconds"] > 0
-    logging.getLogger("tvq.checkpoints").removeHandler(handler)
     assert [line for line in said if "update 4 is skipped" in line]
     assert [line for line in said if "update 6 is skipped" in line]
 

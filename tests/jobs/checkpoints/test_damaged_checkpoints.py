@@ -34,6 +34,7 @@ from tests.jobs.checkpoints.small_checkpoints import (
     small_state,
     writing,
 )
+from tests.logged import logged
 
 pytestmark = pytest.mark.compiles
 
@@ -69,14 +70,8 @@ def two(saved: RunDirectory, tmp_path: Path) -> RunDirectory:
 
 @pytest.fixture
 def errors() -> Iterator[list[str]]:
-    """What is logged as an error; caplog misses it where `open_log` has ended the propagation."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("tvq.checkpoints")
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
+    with logged("tvq.checkpoints", logging.ERROR) as messages:
+        yield messages
 
 
 def restored_of(run: RunDirectory) -> tuple[Any, CheckpointManifest]:

@@ -24,12 +24,7 @@ from model import sampling
 from model.config import EOS_ID, N_SPECIAL, ModelConfig
 from model.training import initial_state
 from model.transformer import bind, initial_cache
-from pipeline.formats import FormatSettings
-from pipeline.plan import PrepareSettings
-from pipeline.prepare import prepare
-from pipeline.sources import SourceSettings
-from pipeline.tasks import run_here
-from tests.pipeline.corpora import write_corpus
+from tests.pipeline.corpora import write_corpus, write_pictures
 
 MODEL = ModelConfig(n_layers=1, d_model=8, d_key=4, d_value=8, n_codes=4, block_length=4)
 ASCII = np.zeros(MODEL.vocab_size, bool)
@@ -198,16 +193,7 @@ def test_mistakes_name_the_option(command: Command, tmp_path: Path):
 
 
 def test_a_model_of_pictures_draws_them_into_files(trained, tmp_path, monkeypatch, capsys):
-    source = tmp_path / "photos"
-    source.mkdir()
-    for number in range(3):
-        Image.effect_noise((70, 64), 9 + number).convert("RGB").save(source / f"{number}.png")
-    wanted = PrepareSettings(
-        SourceSettings((str(source),)),
-        format=FormatSettings(kind="images"),
-        tokenizer="image-64x64x3",
-    )
-    prepare(wanted, tmp_path / "corpus", run_here)
+    write_pictures(tmp_path / "photos", tmp_path / "corpus")
     data = replace(trained.recipe.data, corpus=str(tmp_path / "corpus"), window="document")
     params = {**trained.params, "output": {**trained.params["output"]}}
     params["output"]["bias"] = jnp.full(259, -100.0).at[N_SPECIAL + 7].set(0.0).at[EOS_ID].set(9.0)

@@ -22,15 +22,11 @@ from model.config import EOS_ID, N_SPECIAL
 from model.sampling import Filters, filter_logits
 from model.sharding import make_mesh
 from model.transformer import bind, initial_cache
-from pipeline.formats import FormatSettings
 from pipeline.mixture import Mixture
-from pipeline.plan import PrepareSettings
-from pipeline.prepare import prepare
-from pipeline.sources import SourceSettings
-from pipeline.tasks import run_here
 from pipeline.windows import Windows
 from tests.jobs.trained_micro import micro_recipe, train_micro
 from tests.micro import write_micro
+from tests.pipeline.corpora import write_pictures
 from tests.runs import final_sums
 
 pytestmark = pytest.mark.compiles
@@ -155,16 +151,7 @@ def test_a_folder_that_cannot_be_written_to_ends_no_training(
 
 def test_a_model_of_pictures_draws_them_side_by_side(folder: Path):
     corpus = folder / "pictures"
-    source = folder / "photos"
-    source.mkdir()
-    for number in range(3):
-        Image.effect_noise((70, 64), 9 + number).convert("RGB").save(source / f"{number}.png")
-    wanted = PrepareSettings(
-        SourceSettings((str(source),)),
-        format=FormatSettings(kind="images"),
-        tokenizer="image-64x64x3",
-    )
-    prepare(wanted, corpus, run_here)
+    write_pictures(folder / "photos", corpus)
     recipe = micro_recipe(folder, *WRITING, f"data.corpus={corpus}")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.int32)
     run = RunDirectory(folder / "painter")
