@@ -207,6 +207,7 @@ def test_remat_and_unrolling_change_nothing(step):
         np.testing.assert_allclose(left, right, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_remat_trades_memory_for_computing_and_changes_nothing():
     """The compiled gradient's temporary memory, of a model wide enough for activations to count."""
     model = replace(toy.MODEL, n_layers=4, d_model=64, d_key=16, d_value=128)
@@ -395,6 +396,7 @@ def test_kmeans_starts_each_layer_from_the_keys_that_it_will_see(float64):
     assert statistics.squared_error.sum() < 0.8 * distances.sum()
 
 
+@pytest.mark.slow
 def test_codebooks_start_alike_on_any_devices(float64):
     """k-means, then updates with revival: on two devices as on one."""
     model = replace(toy.MODEL64, kmeans_iterations=3, revive_below=1.0)

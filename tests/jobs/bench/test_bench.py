@@ -27,6 +27,7 @@ def small_peak(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.compiles
+@pytest.mark.slow
 def test_json_has_every_form_at_every_length(capsys):
     command = (
         "bench",

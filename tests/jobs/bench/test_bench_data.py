@@ -95,6 +95,7 @@ def test_the_peak_of_a_fresh_process_is_its_own(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.timeout(200)
+@pytest.mark.slow
 def test_all_of_it_on_a_little_text(tmp_path: Path, capsys):
     lines = [f"the line {i} of the text says {i * 7919 % 10007}\n" for i in range(30_000)]
     for number in range(12):

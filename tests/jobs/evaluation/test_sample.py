@@ -192,6 +192,7 @@ def test_mistakes_name_the_option(command: Command, tmp_path: Path):
             command(**options)
 
 
+@pytest.mark.slow
 def test_a_model_of_pictures_draws_them_into_files(trained, tmp_path, monkeypatch, capsys):
     write_pictures(tmp_path / "photos", tmp_path / "corpus")
     data = replace(trained.recipe.data, corpus=str(tmp_path / "corpus"), window="document")

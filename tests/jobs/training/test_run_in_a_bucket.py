@@ -316,6 +316,7 @@ def test_a_bucket_that_is_gone_midway_is_one_line_and_nothing_is_claimed(
 
 
 @pytest.mark.compiles
+@pytest.mark.slow
 def test_exported_and_imported_the_parameters_are_the_same_to_the_bit(
     workplace: Path, bucket: str, capsys: pytest.CaptureFixture[str]
 ):

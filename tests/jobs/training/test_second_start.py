@@ -18,7 +18,7 @@ from jobs.training import loop
 from jobs.training.loop_contract import LoopSettings
 from tests.micro import write_micro
 
-pytestmark = pytest.mark.compiles
+pytestmark = [pytest.mark.compiles, pytest.mark.slow]
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 
 
