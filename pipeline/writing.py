@@ -26,7 +26,7 @@ from pipeline.parts import WordCounter, cut_parts
 from pipeline.ranges import Range, read_range
 from pipeline.scanning import ScanSettings, read_scan
 from pipeline.selection import LETTERS, REASONS
-from pipeline.shards import Row, Shard, ShardWriter, check_length
+from pipeline.shards import Row, Shard, ShardWriter, check_length, damaged
 from pipeline.splits import SPLITS
 from pipeline.storage import open_store
 from pipeline.tokenizers import Tokenizer, make_tokenizer
@@ -55,10 +55,20 @@ class TokenizerFile(NamedTuple):
     kind: str
     model: str | None
     """Where its file lies in the corpus."""
+    fingerprint: str | None = None
+    """What it must be, where a corpus was made with it."""
 
     def make(self, corpus: str) -> Tokenizer:
-        model = None if self.model is None else open_store(corpus).read(self.model)
-        return make_tokenizer(self.kind, model=model)
+        """Raises `CorpusError` for a file that was changed since."""
+        if self.model is None:
+            return make_tokenizer(self.kind, self.fingerprint)
+        store = open_store(corpus)
+        try:
+            return make_tokenizer(self.kind, self.fingerprint, store.read(self.model))
+        except (CorpusError, ValueError):  # some changed bytes are not even text
+            if self.fingerprint is None:
+                raise
+            raise damaged(f"{store.location}/{self.model}", "it was changed") from None
 
 
 class Finished(NamedTuple):
@@ -140,8 +150,11 @@ def write_range(
     tokenizer = tokenizer_file.make(task.corpus)
     index = None
     if held_out and contamination:
-        with store.open(held_out) as file:
-            index = HeldOutIndex.load(file, contamination)
+        try:
+            index = HeldOutIndex.load(store.read(held_out), contamination)
+        except ValueError as error:
+            what = f"it was changed ({error})"
+            raise damaged(f"{store.location}/{held_out}", what) from None
     fates, words = _Fates(task, scanned), WordCounter()
     writers: dict[str, ShardWriter] = {}
     try:
