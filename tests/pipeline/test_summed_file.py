@@ -12,13 +12,13 @@ from pipeline.summed_file import CHUNK_BYTES, SummedFile
 
 
 @pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize("length", [0, 1, 4096, 4097, CHUNK_BYTES, CHUNK_BYTES + 4095])
+@pytest.mark.parametrize("length", [0, 1, 4096, 4097, 2**20 + 5, CHUNK_BYTES, CHUNK_BYTES + 4095])
 def test_what_is_written_is_there(tmp_path, monkeypatch, length, direct):
     if not direct:
         monkeypatch.delattr(os, "O_DIRECT")
     data = np.random.default_rng(length).bytes(length)
     file = SummedFile(tmp_path / "file")
-    borders = [0, length // 3, length // 3 + 1, length]
+    borders = [0, length // 3, min(length // 3 + 1, length), length]
     for begin, end in itertools.pairwise(borders):
         assert file.tell() == begin
         file.write(data[begin:end])
