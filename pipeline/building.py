@@ -217,7 +217,7 @@ class Builder:
             return self._scanned(ranges[index])
 
         files = [range_.records for increment in before for range_ in increment.ranges]
-        firsts = first_rows(scan, [[p.file.id for p in range_.pieces] for range_ in ranges])
+        firsts = first_rows(scan, ([p.file.id for p in range_.pieces] for range_ in ranges))
         letters = select(
             Scans(len(ranges), scan, firsts),
             Earlier(
