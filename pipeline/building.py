@@ -19,7 +19,7 @@ from pipeline.scanning import read_scan, scan_name, scan_range
 from pipeline.selection import Earlier, Scans, first_rows, select
 from pipeline.shards import Shard
 from pipeline.shared_files import SharedFiles, make_shared_files, shared_files
-from pipeline.sources import SourceFile
+from pipeline.sources import Listing
 from pipeline.storage import open_store
 from pipeline.tasks import Tasks
 from pipeline.writing import (
@@ -53,15 +53,13 @@ class ChangedError(Exception):
     """A file that the corpus was made of is not what it was; says which in one line."""
 
 
-def increments(
-    corpus: str, old: Manifest, files: Sequence[SourceFile]
-) -> tuple[list[list[SourceFile]], str | None]:
+def increments(corpus: str, old: Manifest, files: Listing) -> tuple[list[Listing], str | None]:
     """Share the files among the increments of a corpus that is there, and a new one for the rest.
 
     Where a file of the corpus has gone, all are one increment; then it is also said why. Raises
     `CorpusError` if what the corpus was made of cannot be known any more.
     """
-    by_id = {file.id: file for file in files}
+    numbers = {file.id: number for number, file in enumerate(files)}
     shared, known = [], set()
     listing = read_listing(open_store(corpus), old.plan_id)
     for number, increment in enumerate(old.increments):
@@ -75,11 +73,11 @@ def increments(
                     "file, or make the corpus anew with --refresh-held-out"
                 ) from None
             ids = set(listing[number])  # the records will be made again
-        if gone := sorted(ids - by_id.keys()):
-            return [list(files)], f"{gone[0]} is no longer there"
-        shared.append([by_id[name] for name in sorted(ids)])
+        if gone := sorted(ids - numbers.keys()):
+            return [files], f"{gone[0]} is no longer there"
+        shared.append(files.take(sorted(numbers[name] for name in ids)))
         known |= ids
-    rest = [file for file in files if file.id not in known]
+    rest = files.take([number for name, number in numbers.items() if name not in known])
     return [*shared, rest] if rest or not shared else shared, None
 
 
@@ -95,7 +93,7 @@ class Builder:
         settings: PrepareSettings,
         corpus: str,
         old: Manifest | None,
-        files: Sequence[SourceFile],
+        files: Listing,
         tasks: Tasks,
     ) -> None:
         self._settings, self._corpus, self._store = settings, corpus, open_store(corpus)
@@ -110,7 +108,7 @@ class Builder:
             self._unchanged = {f.id for f in files if known.get(f.id) == (f.size, f.version)}
         self._made = self._resumed = 0
 
-    def build(self, parts: Sequence[Sequence[SourceFile]]) -> Built:
+    def build(self, parts: Sequence[Listing]) -> Built:
         """Build the increments, one of each part of the files, in order.
 
         Raises `ChangedError` where a part is an increment of the old corpus but no longer what it
@@ -130,7 +128,7 @@ class Builder:
         )
 
     def _increment(
-        self, number: int, files: Sequence[SourceFile], before: Sequence[BuiltIncrement]
+        self, number: int, files: Listing, before: Sequence[BuiltIncrement]
     ) -> BuiltIncrement | None:
         """One increment; none for new files that hold no record."""
         shard_bytes = self._settings.shard_bytes or shard_bytes_for(sum(f.size for f in files))
@@ -149,7 +147,7 @@ class Builder:
         shared = self._shared(plan_folder(before[0].plan_id) if before else folder)
         if missing or not shared.are_there(self._store):
             self._scan(ranges)
-            if before and not sum(len(self._scanned(range_)) for range_ in ranges):
+            if before and not sum(len(self._scanned(self._name(range_))) for range_ in ranges):
                 return None
             decided = self._decide(ranges, before)
             make_shared_files(shared, self._settings, decided, self._store, self._tasks)
@@ -169,25 +167,28 @@ class Builder:
         known: list[str | None] = [None] * len(ranges)
         if old is not None and len(old.records) == len(ranges):
             for index, (range_, file) in enumerate(zip(ranges, old.records, strict=True)):
-                if all(piece.file.id in self._unchanged for piece in range_.pieces):
+                if all(file.id in self._unchanged for file in range_.files):
                     known[index] = file.content
         self._scan([r for r, content in zip(ranges, known, strict=True) if content is None])
         return [
-            content or records.content_digest(self._scanned(range_))
+            content or records.content_digest(self._scanned(self._name(range_)))
             for range_, content in zip(ranges, known, strict=True)
         ]
 
     def _scan(self, ranges: Sequence[Range]) -> None:
         """Scan the ranges whose result is not there."""
-        names = [scan_name(range_, self._scan_settings) for range_ in ranges]
+        names = [self._name(range_) for range_ in ranges]
         missing = [i for i, name in enumerate(names) if not self._store.exists(name)]
         payloads = [(self._corpus, names[i], ranges[i], self._scan_settings) for i in missing]
         sizes = [ranges[i].size for i in missing]
         for _ in self._tasks.stage("scan", scan_range, payloads, sizes, count=int):
             pass
 
-    def _scanned(self, range_: Range) -> pa.Table:
-        table = read_scan(self._corpus, scan_name(range_, self._scan_settings))
+    def _name(self, range_: Range) -> str:
+        return scan_name(range_, self._scan_settings)
+
+    def _scanned(self, name: str) -> pa.Table:
+        table = read_scan(self._corpus, name)
         assert table is not None
         return table
 
@@ -199,7 +200,7 @@ class Builder:
                 continue
             names = ("file", "row", "sha256")
             try:
-                tables = (read_records(self._corpus, file), self._scanned(range_))
+                tables = (read_records(self._corpus, file), self._scanned(self._name(range_)))
             except CorpusError:  # the manifest is an older one, or damage came to the change
                 break
             was, is_ = (
@@ -213,8 +214,10 @@ class Builder:
     # ------------------------------------------------------------ decisions
 
     def _decide(self, ranges: Sequence[Range], before: Sequence[BuiltIncrement]) -> list[RangeTask]:
+        names = [self._name(range_) for range_ in ranges]  # each is read many times
+
         def scan(index: int) -> pa.Table:
-            return self._scanned(ranges[index])
+            return self._scanned(names[index])
 
         files = [range_.records for increment in before for range_ in increment.ranges]
         firsts = first_rows(scan, ([p.file.id for p in range_.pieces] for range_ in ranges))
@@ -235,7 +238,7 @@ class Builder:
                 index,
                 range_,
                 self._scan_settings,
-                scan_name(range_, self._scan_settings),
+                names[index],
                 firsts[index],
                 letters[index],
             )

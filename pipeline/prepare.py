@@ -61,7 +61,7 @@ def prepare(
     store = open_store(output)
     check_output(store)
     files = list_files(settings.source)
-    form = survey(settings.format, [(file.id, file.open) for file in files])
+    form = survey(settings.format, ((file.id, file.open) for file in files))
     settings = dataclasses.replace(settings, format=form)
     with claim(store) as confirm:
         old = old_manifest(store)

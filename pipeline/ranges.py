@@ -4,11 +4,14 @@ A range is a run of pieces of files in the order of ids; its borders follow the 
 what survives the filters. Both passes of `prepare` read the same ranges in the same way.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from pipeline.formats import Content, FormatSettings, Piece, Rejected, make_format
-from pipeline.sources import SourceFile, unreadable
+from pipeline.sources import Listing, SourceFile, unreadable
 from pipeline.text_formats import Text
 
 
@@ -17,19 +20,23 @@ class FilePiece(NamedTuple):
 
     file: SourceFile
     piece: Piece
-    size: int
-    """About so many bytes of the file."""
 
 
 class Range(NamedTuple):
     """A run of pieces, the work of one task."""
 
-    pieces: list[FilePiece]
+    files: Listing
+    cuts: npt.NDArray[np.int64]
+    """[piece, (number of its file, begin, end)]: as objects they would take more memory than all
+    else that is known of a small file."""
+    size: int
+    """About so many source bytes."""
 
     @property
-    def size(self) -> int:
-        """About so many source bytes."""
-        return sum(piece.size for piece in self.pieces)
+    def pieces(self) -> list[FilePiece]:
+        """In order; made anew at each call."""
+        files = list(self.files)
+        return [FilePiece(files[n], Piece(begin, end)) for n, begin, end in self.cuts.tolist()]
 
 
 class Record(NamedTuple):
@@ -55,35 +62,36 @@ def shard_bytes_for(total: int) -> int:
     return size
 
 
-def cut_ranges(
-    files: Sequence[SourceFile], settings: FormatSettings, shard_bytes: int
-) -> list[Range]:
+def cut_ranges(files: Listing, settings: FormatSettings, shard_bytes: int) -> list[Range]:
     """Cut files, in the order of their ids, in pieces and those in runs of about `shard_bytes`.
 
     A range ends as soon as it holds so many bytes. Raises `CorpusError` for a file that is not of
     the format.
     """
-    ranges, held = [Range([])], 0
-    for file in files:
-        for piece in _pieces(file, settings, shard_bytes):
+    ranges, cuts, held = [], [], 0
+    for number, file in enumerate(files):
+        pieces = _pieces(file, settings, shard_bytes)
+        whole = sum(end - begin for begin, end in pieces) or 1
+        for begin, end in pieces:
             if held >= shard_bytes:
-                ranges.append(Range([]))
-                held = 0
-            ranges[-1].pieces.append(piece)
-            held += piece.size
-    return [range_ for range_ in ranges if range_.pieces]
+                ranges.append(_range(files, cuts, held))
+                cuts, held = [], 0
+            cuts.append((number, begin, end))
+            held += file.size * (end - begin) // whole
+    return [*ranges, _range(files, cuts, held)] if cuts else ranges
 
 
-def _pieces(file: SourceFile, settings: FormatSettings, limit: int) -> list[FilePiece]:
+def _range(files: Listing, cuts: list[tuple[int, int, int]], size: int) -> Range:
+    first, last = cuts[0][0], cuts[-1][0]
+    return Range(files[first : last + 1], np.array(cuts, np.int64) - [first, 0, 0], size)
+
+
+def _pieces(file: SourceFile, settings: FormatSettings, limit: int) -> list[Piece]:
     form = make_format(settings, file.id)
     if isinstance(form, Text):  # nothing to look up, and in an object store opening takes a while
-        return [FilePiece(file, Piece(0, file.size), file.size)]
+        return [Piece(0, file.size)]
     with file.open() as opened:
-        pieces = form.pieces(opened, file.id, file.size, limit)
-    whole = sum(piece.end - piece.begin for piece in pieces) or 1
-    return [
-        FilePiece(file, piece, file.size * (piece.end - piece.begin) // whole) for piece in pieces
-    ]
+        return form.pieces(opened, file.id, file.size, limit)
 
 
 def read_range(range_: Range, settings: FormatSettings) -> Iterator[Record]:
@@ -91,7 +99,7 @@ def read_range(range_: Range, settings: FormatSettings) -> Iterator[Record]:
 
     Raises `CorpusError` naming the file for one that cannot be read or is not of the format.
     """
-    for number, (file, piece, _) in enumerate(range_.pieces):
+    for number, (file, piece) in enumerate(range_.pieces):
         form = make_format(settings, file.id)
         try:
             with file.open() as opened:

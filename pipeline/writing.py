@@ -101,7 +101,7 @@ def documents(task: RangeTask, scanned: pa.Table) -> Iterator[Kept]:
     files, rows, hashes = (scanned.column(name).to_pylist() for name in ("file", "row", "sha256"))
     splits = dict(zip(LETTERS, SPLITS, strict=True))
     normalization, letters, count = task.settings.normalization, task.letters, len(scanned)
-    at, file = -1, task.range_.pieces[-1].file
+    at, file = -1, task.range_.files[-1]
     for at, (_, file, row, item) in enumerate(read_range(task.range_, task.settings.format)):
         if at >= count or files[at] != file.id or rows[at] != row:
             break

@@ -23,7 +23,7 @@ from pipeline.ranges import Range, cut_ranges, shard_bytes_for
 from pipeline.scanning import ScanSettings, read_scan, scan_name, scan_range
 from pipeline.selection import TRAIN, first_rows
 from pipeline.sentencepiece_tokenizer import SentencePieceSettings, train_sentencepiece
-from pipeline.sources import SourceFile, SourceSettings, list_files, standard_library
+from pipeline.sources import Listing, SourceFile, SourceSettings, list_files, standard_library
 from pipeline.storage import open_store
 from pipeline.tokenizers import ByteTokenizer
 from pipeline.writing import RangeTask, TokenizerFile, write_range
@@ -115,7 +115,7 @@ class Worker:
         settings = PrepareSettings(SourceSettings((".",)))
         self.corpus = str(corpus)
         self.settings: ScanSettings = settings.scan()
-        self.ranges = cut_ranges(files, settings.format, shard_bytes)
+        self.ranges = cut_ranges(Listing.of(files), settings.format, shard_bytes)
         self.tokenizer = TokenizerFile(ByteTokenizer.kind, None)
 
     def scan(self, ranges: Sequence[Range] | None = None) -> None:

@@ -1,12 +1,13 @@
 """Which files are found, under which ids, on this machine and by patterns."""
 
 import os
+import pickle
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import CorpusError
-from pipeline.sources import SourceSettings, list_files, standard_library
+from pipeline.sources import Listing, SourceFile, SourceSettings, list_files, standard_library
 
 
 def plant(root: Path, *names: str) -> None:
@@ -134,3 +135,19 @@ def test_a_file_that_was_touched_has_another_version(tmp_path):
     after = {file.id: file.version for file in list_files(SourceSettings((str(tmp_path),)))}
     assert before["a.txt"] != after["a.txt"]
     assert before["b.txt"] == after["b.txt"]
+
+
+def test_a_listing_gives_back_what_it_holds_and_a_part_travels_alone():
+    files = [
+        SourceFile("a", "/x", 0, "1-2-3"),
+        SourceFile("ü/\0b#1", "gs://y/z", 2**40, "7"),
+        SourceFile("c", "/x", 5, ""),
+    ]
+    listing = Listing.of(iter(files))
+    assert list(listing) == files
+    assert listing[-1] == files[-1]
+    assert list(listing.take([2, 0])) == [files[2], files[0]]
+    assert list(Listing.of(reversed(files)).by_id()) == [files[0], files[2], files[1]]
+    part = pickle.dumps(Listing.of(files * 100)[1:3])
+    assert list(pickle.loads(part)) == files[1:3]
+    assert len(part) < 300
