@@ -19,6 +19,7 @@ from jobs.console import Console
 from jobs.deployment.render import stated_text
 from jobs.errors import ExitCode, UserError
 from jobs.lineage.provenance import COMMIT, provenance
+from jobs.planning.forecast import forecast, refuse_what_does_not_fit
 from jobs.recipe import Recipe
 from jobs.runs.run_directory import RunDirectory
 from jobs.submission import submitted
@@ -101,7 +102,7 @@ def submit_command(
 
     Raises:
         UserError: the cluster could not see what the recipe names, cannot be reached, or runs
-            another recipe under this name.
+            another recipe under this name; or its devices are known to be too small.
     """
     recipe, root = settled(recipes.load(recipe_name, overrides), root, request)
     RunDirectory.at(root, name)  # refuses what is no name
@@ -114,6 +115,9 @@ def submit_command(
     )
     wheel = built_wheel()
     _show_upload(console, wheel, recipe, root, name, variables, request)
+    foreseen = forecast(recipe, console, compiles=dry)
+    console.line(f"plan      {foreseen.text}")
+    refuse_what_does_not_fit(foreseen.plan)
     if dry:
         return ExitCode.OK
     jobs = RayJobs(request.address)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import venv
@@ -82,7 +83,8 @@ def dry(capsys, **fields) -> str:
     return capsys.readouterr().out
 
 
-def test_a_secret_is_passed_by_name_alone(monkeypatch, capsys):
+def test_a_secret_is_passed_by_name_alone(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TVQ_PLAN_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN", "hunter2")
     monkeypatch.setenv("LANG", "C.UTF-8")
     with pytest.raises(UserError, match="--env HF_TOKEN: looks like a secret"):
@@ -91,6 +93,7 @@ def test_a_secret_is_passed_by_name_alone(monkeypatch, capsys):
         dry(capsys, variables=("NOWHERE_SET",))
     shown = dry(capsys, variables=("LANG", "DEPTH=3"), secrets=("HF_TOKEN",))
     assert "LANG, DEPTH" in shown
+    assert re.search(r"^plan .* of cpu:2 not made yet: `tvq plan`", shown, re.MULTILINE)
     assert "HF_TOKEN to be set on the cluster" in shown
     assert "hunter2" not in shown
     assert "C.UTF-8" not in shown
