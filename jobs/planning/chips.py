@@ -126,9 +126,10 @@ def cluster_overrides(target: Target) -> tuple[str, ...]:
 def devices_of(cluster: "ClusterConfig") -> str:
     """The devices that a recipe's own cluster section describes, as `--on` takes them.
 
-    Raises UserError where it does not say: which GPU it is, or a group of several slices.
+    Of a group that may shrink, those of the fewest workers, each of which holds the most. Raises
+    UserError where it does not say: which GPU it is, or a group of several slices.
     """
-    count = max(cluster.workers, 1) * devices_per_worker(cluster)
+    count = max(cluster.least_workers, 1) * devices_per_worker(cluster)
     if cluster.accelerator == "cpu":
         return f"cpu:{count}"
     if cluster.accelerator == "tpu":

@@ -26,8 +26,10 @@ from jobs.recipe import Recipe, flatten, to_yaml
 _FORMAT = 2
 _OPERATIONAL = ("training.accumulate", "cluster.data", "cluster.fsdp", "cluster.tensor")
 """Fields that make the program though they do not affect the mathematics, as all of the model's."""
-_NOT_IN_IT = ("training.seed", "training.max_skipped", "training.max_fallbacks", "data.window")
-
+_NOT_IN_IT = (
+    *("training.seed", "training.init_from", "training.max_skipped", "training.max_fallbacks"),
+    *("data.window", "data.shuffle_span"),
+)
 _OF_TRAINING_ALONE = (
     "model.remat",
     "training.accumulate",
@@ -75,8 +77,7 @@ def compile_for(
             f"--on {target.text}: needs libtpu, which compiles for TPUs where there is none;"
             " install it with `pip install 'tvq[plan]'`"
         )
-    on = target.text if target.kind == "tpu" else f"cpu:{target.devices}"
-    paths = {name: cache_folder() / f"{_key(recipe, on, name)}.json" for name in programs}
+    on, paths = _on(target), _paths(recipe, target, programs)
     missing = {name: str(path) for name, path in paths.items() if not path.exists()}
     if missing:
         cache_folder().mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,11 @@ def compile_for(
     }
 
 
+def are_known(recipe: Recipe, target: Target, programs: Sequence[str]) -> bool:
+    """Whether `compile_for` would answer at once."""
+    return all(path.exists() for path in _paths(recipe, target, programs).values())
+
+
 def has_libtpu() -> bool:
     """Whether there is a compiler for TPUs."""
     return importlib.util.find_spec("libtpu") is not None
@@ -96,6 +102,15 @@ def has_libtpu() -> bool:
 def cache_folder() -> Path:
     """TVQ_PLAN_CACHE, or ~/.cache/tvq/plans."""
     return Path(os.environ.get("TVQ_PLAN_CACHE") or "~/.cache/tvq/plans").expanduser()
+
+
+def _on(target: Target) -> str:
+    return target.text if target.kind == "tpu" else f"cpu:{target.devices}"
+
+
+def _paths(recipe: Recipe, target: Target, programs: Sequence[str]) -> dict[str, Path]:
+    on = _on(target)
+    return {name: cache_folder() / f"{_key(recipe, on, name)}.json" for name in programs}
 
 
 def _key(recipe: Recipe, on: str, program: str) -> str:
