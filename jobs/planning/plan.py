@@ -288,14 +288,18 @@ def _program(name: str, compiled: Compilation, available: int) -> Program:
     return Program(name, needed, fits, facts.seconds)
 
 
-_WANTED = re.compile(r"[Uu]sed ([\d.]+)([KMG])(?:i?B)? of ([\d.]+)[KMG]")
+_WANTED = re.compile(
+    r"[Uu]sed ([\d.]+)([KMG])(?:i?B)? of [\d.]+[KMG]|\(([\d.]+)([KMG])\) exceeds available HBM"
+)
 _FACTOR = {"K": 2**10, "M": 2**20, "G": GIB}
 
 
 def bytes_wanted(error: str) -> int | None:
     """What the compiler would have needed, by its own words."""
     found = _WANTED.search(error)
-    return int(float(found[1]) * _FACTOR[found[2]]) if found else None
+    if not found:
+        return None
+    return int(float(found[1] or found[3]) * _FACTOR[found[2] or found[4]])
 
 
 def _memory(compiled: Compilation) -> dict[str, int]:

@@ -261,6 +261,8 @@ def test_prices_of_ones_own_are_taken(planned: Plan, micro: recipe.Recipe, tmp_p
 def test_the_compilers_words_are_read():
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.31G of 15.75G hbm."
     assert bytes_wanted(said) == int(22.31 * 2**30)
+    said = "RESOURCE_EXHAUSTED: the total memory required (335.31G) exceeds available HBM (31.25G)."
+    assert bytes_wanted(said) == int(335.31 * 2**30)
     assert bytes_wanted("RESOURCE_EXHAUSTED: something else") is None
 
 
