@@ -17,7 +17,7 @@ from jobs.planning.changes import possible_changes, stated, with_changes
 from jobs.planning.chips import GIB, Chip, Target, cluster_overrides, read_target
 from jobs.planning.compilations import Compilation, compile_for
 from jobs.planning.compiled_costs import Cost, read_costs
-from jobs.planning.compiler import PROGRAMS
+from jobs.planning.compiler import DECODED, PROGRAMS
 from jobs.planning.prices import Prices, read_prices
 from jobs.recipe import Recipe, resolve
 from model.counts import flops_per_token, flops_per_update
@@ -217,11 +217,14 @@ def _plan(
     padded = -recipe.training.batch_size % rows_along
     tokens = recipe.training.batch_size * recipe.data.sequence_length
     train = compiled["train"]
+    # Of writing, the text does not say that it ends after so many tokens, or with the last row.
     cost = {
-        name: read_costs(each.text()) for name, each in compiled.items() if not each.facts.error
+        name: read_costs(each.text(), DECODED if name == "decode" else None)
+        for name, each in compiled.items()
+        if not each.facts.error
     }
     time = roofline(cost["train"], target) if "train" in cost else None
-    decoded = roofline(cost["decode"], target).total if "decode" in cost else None
+    decoded = roofline(cost["decode"], target).total / DECODED if "decode" in cost else None
     batches = recipe.training.steps // recipe.updates_per_batch
     passes = recipe.updates_per_batch * recipe.training.accumulate
     per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
