@@ -63,6 +63,11 @@ def test_what_a_file_spans(workplace: Path):
     ("change", "expected"),
     [
         (("space:", "spaces:"), "did you mean space?"),
+        (("name: rates", "name: ../up"), "name: expected letters"),
+        (("[16, 32]", "[16, 32, 16]"), "model.window: names a value twice"),
+        (("=corpus", "=corpus model.n_layerz=2"), "sweep rates.yaml: recipe ./micro.yaml: model"),
+        (("data.corpus=corpus", ""), "data.corpus: no corpus given"),
+        (("=corpus", "=nowhere"), "nowhere: there is no such folder"),
         (("[16, 32]", "[16, wide]"), "model.window: input should be"),
         (("model.window", "model.windo"), "did you mean window?"),
         (("[16, 32]", "{integers: [16, 32]}"), "expected a list of values, got"),
