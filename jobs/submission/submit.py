@@ -103,8 +103,16 @@ def submit_command(
         UserError: the cluster could not see what the recipe names, cannot be reached, or runs
             another recipe under this name.
     """
-    recipe, root = settled(recipes.load(recipe_name, overrides), root, request)
-    RunDirectory.at(root, name)  # refuses what is no name
+    recipe = recipes.load(recipe_name, overrides)
+    if not recipe.data.corpora:
+        raise UserError(
+            "data.corpus: no corpus given; name one that the cluster sees, as"
+            " data.corpus=gs://BUCKET/corpus"
+        )
+    recipe, root = settled(recipe, root, request)
+    # Refuses what is none before anything is built.
+    RunDirectory.at(root, name)
+    request.driver_resources()
     variables = job_variables(
         ["train", submitted.RECIPE, "--run", name, "--root", str(root)],
         stated_text(recipe),
