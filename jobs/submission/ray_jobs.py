@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -202,6 +203,10 @@ class RayJobs:
                     f"--address {self.address}: the cluster wants a token, and the one here is"
                     " missing or wrong; set RAY_AUTH_TOKEN_PATH to the file with the cluster's"
                     " (~/.ray/auth_token on its head)"
+                ) from None
+            if re.search(r"status code 50[234]", first):  # of a gateway before it
+                raise UnreachableError(
+                    f"--address {self.address}: its gateway says that nobody answers: {first}"
                 ) from None
             raise UserError(f"--address {self.address}: Ray refuses: {first}") from None
 

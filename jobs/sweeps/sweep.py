@@ -8,6 +8,7 @@ a training that had begun is found and goes on, one that is done is not done aga
 import contextlib
 import io
 import logging
+import math
 import os
 import re
 import shutil
@@ -90,8 +91,8 @@ def run_sweep(sweep: Sweep, root: Path, console: Console) -> list[Trial]:
                 ended = "FINISHED" if run.closed_at() is not None else "KILLED"
                 parent.adopt(record.mlflow_run_id, ended)
         parent.finish(status)
-    best = min((t.bits_per_byte for t in trials if t.bits_per_byte is not None), default=None)
-    if best is not None:
+    best = min((t.bits_per_byte for t in trials if t.bits_per_byte is not None), default=math.inf)
+    if best < math.inf:
         parent.figures({"best/bits_per_byte": best})
     return trials
 
@@ -251,7 +252,8 @@ def _plain(value: Any) -> Any:
 def _trial(config: dict[str, Any], sweep: Sweep, root: str) -> None:
     """One trial, in a process of Ray's: a training, or one after the other with each seed.
 
-    What may stop it early are the evaluations of the first.
+    What may stop it early are the evaluations of the first. A training that becomes unstable is an
+    answer too: its figure is infinite, and the sweep goes on.
     """
     from ray import tune
 
@@ -272,17 +274,25 @@ def _trial(config: dict[str, Any], sweep: Sweep, root: str) -> None:
 
     lasts, figures, update = [], {}, 0
     for seed in seeds:
-        trained = train(
-            sweep.recipe(values, seed),
-            root=root,
-            name=sweep.run_name(values, seed),
-            console=quiet,
-            on_points=report if seed == seeds[0] else None,
-        )
+        try:
+            trained = train(
+                sweep.recipe(values, seed),
+                root=root,
+                name=sweep.run_name(values, seed),
+                console=quiet,
+                on_points=report if seed == seeds[0] else None,
+            )
+        except UserError as error:
+            if error.code is not ExitCode.UNSTABLE:
+                raise
+            figures[str(seed)] = math.inf
+            lasts.append(math.inf)
+            continue
         evaluation = evaluate_run(trained.run, "validation", reuse=True, console=quiet)
         update = trained.update
-        figures[str(seed)] = evaluation.bits_per_byte
-        lasts.append(_last_evaluation(trained.run, evaluation.bits_per_byte))
+        bits = evaluation.bits_per_byte
+        figures[str(seed)] = bits if math.isfinite(bits) else math.inf
+        lasts.append(_last_evaluation(trained.run, bits))
     tune.report({METRIC: statistics.fmean(lasts), "update": update, _FIGURES: figures})
 
 
