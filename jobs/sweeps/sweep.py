@@ -149,11 +149,13 @@ def _progress(sweep: Sweep, root: Path, console: Console) -> Iterator[None]:
     over = threading.Event()
 
     def look(progress: Progress) -> None:
-        while True:
+        shown = -1
+        while not over.is_set():
             done = sum(run.closed_at() is not None for run in _runs(root, sweep))
-            progress.update(done, total=sweep.trainings)
-            if over.wait(_LOOK_SECONDS):
-                return
+            if done != shown:  # the time that is left follows from one training to the next
+                progress.update(done)
+                shown = done
+            over.wait(_LOOK_SECONDS)
 
     with console.progress("trained", sweep.trainings) as progress:
         thread = threading.Thread(target=look, args=(progress,), daemon=True)
