@@ -301,8 +301,8 @@ def _start(
             if last.metadata.get("tvq_identity") != identity:
                 raise UserError(
                     f"job {last.submission_id}: trains run {name} by another recipe now; wait for"
-                    f" it, stop it (`tvq jobs stop {last.submission_id}`), or choose another name"
-                    " with --run",
+                    f" it, stop it (`tvq jobs stop {last.submission_id} --address"
+                    f" {request.address}`), or choose another name with --run",
                     ExitCode.BUSY,
                 )
             return last.submission_id, False

@@ -140,6 +140,22 @@ def test_ctrl_c_detaches_stop_saves_and_the_same_command_resumes(head, workplace
     assert newest_update(run) == saved + 4
 
 
+def test_a_job_that_no_node_has_room_for_says_so(head, workplace):
+    follower = subprocess.Popen(
+        [*TVQ, "submit", "./micro.yaml", "data.corpus=corpus", "--run", "roomless",
+         "--driver-resource", "unobtainium=1", "--address", head.url],
+        cwd=workplace, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    assert follower.stdout is not None
+    while "has not begun: " not in (line := follower.stdout.readline()):
+        assert line
+    assert "waiting for resources" in line
+    follower.send_signal(signal.SIGINT)
+    assert "detached" in follower.communicate()[0]
+    assert follower.returncode == 130
+
+
 def test_a_secret_that_the_cluster_lacks_ends_the_job(head, workplace):
     output = submit(head, workplace, "poor", "--secret", "NOWHERE_SET", code=2)
     assert "error: NOWHERE_SET: not set on this cluster" in output
