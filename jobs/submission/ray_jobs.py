@@ -158,10 +158,11 @@ class RayJobs:
                         write(f"{submission_id} has not begun: {job.message}\n")
                         tell_at = math.inf
                     time.sleep(_PENDING_POLL_SECONDS)
+                lost_at = None
                 for text in self._tail(submission_id, shown):
                     shown += len(text)
                     write(text)
-                job, lost_at = self.get(submission_id), None
+                job = self.get(submission_id)
                 if not job.is_running:
                     # The stream ends with the job, sometimes before its last lines.
                     write(self.log(submission_id)[shown:])
