@@ -9,9 +9,12 @@
 `prepare` and `train` are what a user would type after `tvq prepare` and `tvq train`.
 """
 
+import contextlib
 import dataclasses
 import os
+import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +26,7 @@ from jobs.recipe_yaml import dump_yaml, nearest, parse_sections, refuse_credenti
 from pipeline.storage import is_url, open_store
 
 BeginFrom = Literal["scratch", "champion"]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _METRICS = ("eval/bits_per_byte", "eval/loss_nats_per_token")
 
 
@@ -121,8 +125,18 @@ def load_flow(location: str | Path) -> Flow:
     """
     where = f"flow {location}"
     flow = _flow(read_tree(location, where), Path(location).stem, where)
-    flow.recipe()  # refuses what is wrong with it now and not at two in the night
+    with named(where):
+        flow.recipe()  # refuses what is wrong with it now and not at two in the night
     return flow
+
+
+@contextlib.contextmanager
+def named(where: str) -> Iterator[None]:
+    """What is wrong with the recipe that a file names is said of the file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}", error.code) from None
 
 
 def read_tree(location: str | Path, where: str) -> dict[str, Any]:
@@ -157,17 +171,25 @@ def _flow(tree: dict[str, Any], stem: str, where: str) -> Flow:
         )
     if isinstance(min_delta, bool) or not isinstance(min_delta, int | float) or min_delta < 0:
         raise UserError(f"{where}: promote.min_delta: expected 0 or more, got {min_delta!r}")
-    name = tree.get("name", stem)
-    if not isinstance(name, str):
-        raise UserError(f"{where}: name: expected a text, got {name!r}")
     return Flow(
-        name=name,
+        name=name_of(tree, stem, where),
         prepare=words(tree, "prepare", where),
         train=words(tree, "train", where),
         begin_from=begin_from,
         metric=metric,
         min_delta=float(min_delta),
     )
+
+
+def name_of(tree: dict[str, Any], stem: str, where: str) -> str:
+    """The file's `name`, by default the file's own: folders, jobs and runs are called after it."""
+    name = tree.get("name", stem)
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(
+            f"{where}: name: expected letters, digits, '.', '_', '-', beginning with a letter or"
+            f" digit, at most 63, got {name!r}"
+        )
+    return name
 
 
 def words(tree: dict[str, Any], field: str, where: str) -> tuple[str, ...]:

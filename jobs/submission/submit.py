@@ -104,8 +104,16 @@ def submit_command(
         UserError: the cluster could not see what the recipe names, cannot be reached, or runs
             another recipe under this name; or its devices are known to be too small.
     """
-    recipe, root = settled(recipes.load(recipe_name, overrides), root, request)
-    RunDirectory.at(root, name)  # refuses what is no name
+    recipe = recipes.load(recipe_name, overrides)
+    if not recipe.data.corpora:
+        raise UserError(
+            "data.corpus: no corpus given; name one that the cluster sees, as"
+            " data.corpus=gs://BUCKET/corpus"
+        )
+    recipe, root = settled(recipe, root, request)
+    # Refuses what is none before anything is built.
+    RunDirectory.at(root, name)
+    request.driver_resources()
     variables = job_variables(
         ["train", submitted.RECIPE, "--run", name, "--root", str(root)],
         stated_text(recipe),
@@ -297,8 +305,8 @@ def _start(
             if last.metadata.get("tvq_identity") != identity:
                 raise UserError(
                     f"job {last.submission_id}: trains run {name} by another recipe now; wait for"
-                    f" it, stop it (`tvq jobs stop {last.submission_id}`), or choose another name"
-                    " with --run",
+                    f" it, stop it (`tvq jobs stop {last.submission_id} --address"
+                    f" {request.address}`), or choose another name with --run",
                     ExitCode.BUSY,
                 )
             return last.submission_id, False
