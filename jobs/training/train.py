@@ -187,7 +187,7 @@ def _narrate(console: Console, run: RunDirectory, recipe: Recipe, mixture: Mixtu
     batch_tokens = recipe.training.batch_size * recipe.data.sequence_length
     least, most = recipe.cluster.least_workers, recipe.cluster.most_workers
     workers = f"{most}" if least == most else f"{least} to {most}"
-    where = f"{workers} Ray workers" if most else "this process"
+    where = f"{workers} Ray worker{'s' * (most > 1)}" if most else "this process"
     console.line(f"run       {run.location}")
     stated = changed_fields(recipe).items()
     console.line(f"recipe    {' '.join(f'{name}={value}' for name, value in stated)}")
@@ -355,11 +355,13 @@ def _supervise(
                     console.line(
                         f"the workers were started again; they go on after update {line['update']}"
                     )
+                elif line["update"] != expected:  # the newest is damaged, as a warning has said
+                    console.line(f"going on after update {line['update']} instead")
 
     log = run_log.LogTail(run.logs, "rank-0")
     watched = RunDirectory(run.location)  # whose looks need not wait for a store
     pause = _LOOK_STORE_SECONDS if is_url(run.location) else _LOOK_SECONDS
-    groups, outage = 0, False
+    groups, outage, expected = 0, False, shown
     with console.training(recipe.training.steps) as progress:
         tracker.attach_spool(run.metrics, show)
         threading.Thread(target=work, name="training", daemon=True).start()
