@@ -21,13 +21,13 @@ from typing import Any, Literal, get_args
 
 from jobs import recipe as recipes
 from jobs.errors import UserError
+from jobs.metric_names import DECIDING, EVAL_BITS
 from jobs.recipe import Recipe
 from jobs.recipe_yaml import dump_yaml, nearest, parse_sections, refuse_credentials
 from pipeline.storage import is_url, open_store
 
 BeginFrom = Literal["scratch", "champion"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_METRICS = ("eval/bits_per_byte", "eval/loss_nats_per_token")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Flow:
     """The recipe, and overrides."""
     begin_from: BeginFrom = "scratch"
     """scratch: every training begins with random parameters. champion: with the champion's."""
-    metric: str = _METRICS[0]
+    metric: str = EVAL_BITS
     """Of the validation split; lower is better."""
     min_delta: float = 0.0
     """By so much the champion must be beaten, at the least."""
@@ -163,10 +163,10 @@ def _flow(tree: dict[str, Any], stem: str, where: str) -> Flow:
     begin_from = tree.get("begin_from", "scratch")
     if begin_from not in get_args(BeginFrom):
         raise UserError(f"{where}: begin_from: expected scratch or champion, got {begin_from!r}")
-    metric, min_delta = promote.get("metric", _METRICS[0]), promote.get("min_delta", 0.0)
-    if metric not in _METRICS:
+    metric, min_delta = promote.get("metric", EVAL_BITS), promote.get("min_delta", 0.0)
+    if metric not in DECIDING:
         raise UserError(
-            f"{where}: promote.metric: expected {' or '.join(_METRICS)}, got {metric!r}; the test"
+            f"{where}: promote.metric: expected {' or '.join(DECIDING)}, got {metric!r}; the test"
             " split never decides"
         )
     if isinstance(min_delta, bool) or not isinstance(min_delta, int | float) or min_delta < 0:

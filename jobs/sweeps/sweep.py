@@ -21,6 +21,7 @@ from typing import Any
 from jobs.cluster.ray_session import ray_session
 from jobs.console import Console, Progress
 from jobs.errors import ExitCode, UserError
+from jobs.metric_names import EVAL_BITS
 from jobs.runs.run_directory import RunDirectory
 from jobs.sweeps.report import Trial, ranked, ranking_lines, table
 from jobs.sweeps.sweep_file import SEED, Sweep, corners, load_sweep
@@ -28,7 +29,7 @@ from jobs.tracking.parent_run import ParentRun
 from pipeline.claims import Claim
 from pipeline.storage import LocalStore, Location, open_store
 
-METRIC = "eval/bits_per_byte"
+METRIC = EVAL_BITS
 """Of the evaluations in training: what stops early and guides an optimiser."""
 _FIGURES = "validation_bits_per_byte"
 """By seed, on the whole validation split: what a trial says at its end."""

@@ -18,6 +18,7 @@ from jobs.console import Console
 from jobs.errors import ExitCode, UserError
 from jobs.lineage.code_diff import CodeDiff, code_diff
 from jobs.lineage.provenance import note_start, provenance
+from jobs.metric_names import EVAL_BITS, TOKENS_PER_SECOND, TRAIN_LOSS
 from jobs.recipe import Recipe
 from jobs.runs import run_log
 from jobs.runs.lease import Lease, LeaseLostError
@@ -297,11 +298,11 @@ def _supervise(
     def show(points: list[MetricPoint]) -> None:
         nonlocal shown, rate
         for point in points:
-            if "eval/bits_per_byte" in point.values:
+            if EVAL_BITS in point.values:
                 evaluations[point.step] = point.values
             else:
-                rate = point.values.get("perf/tokens_per_second", rate)  # a batch's last has it
-                nats = point.values.get("train/loss_nats_per_token")
+                rate = point.values.get(TOKENS_PER_SECOND, rate)  # a batch's last has it
+                nats = point.values.get(TRAIN_LOSS)
                 if nats is not None:
                     progress.update(point.step, nats_per_token=nats, tokens_per_second=rate)
             shown = point.step
