@@ -124,7 +124,7 @@ class Builder:
         is_old = self._old is not None and len(built) == len(self._old.increments)
         return Built(
             built,
-            shared_files(self._settings, plan_folder(built[0].plan_id)),
+            self._shared(plan_folder(built[0].plan_id)),
             self._resumed,
             self._old if is_old and not self._made else None,
         )
@@ -146,7 +146,7 @@ class Builder:
         finished = self._finished(folder, len(ranges), old)
         missing = [index for index, range_ in enumerate(finished) if range_ is None]
         self._resumed += sum(len(range_.shards) for range_ in finished if range_ is not None)
-        shared = shared_files(self._settings, plan_folder(before[0].plan_id) if before else folder)
+        shared = self._shared(plan_folder(before[0].plan_id) if before else folder)
         if missing or not shared.are_there(self._store):
             self._scan(ranges)
             if before and not sum(len(self._scanned(range_)) for range_ in ranges):
@@ -157,6 +157,10 @@ class Builder:
             for index, range_ in self._write([decided[i] for i in missing], folder, shared):
                 finished[missing[index]] = range_
         return BuiltIncrement(plan, [range_ for range_ in finished if range_ is not None])
+
+    def _shared(self, folder: str) -> SharedFiles:
+        fingerprint = None if self._old is None else self._old.tokenizer.fingerprint
+        return shared_files(self._settings, folder, fingerprint)
 
     # ------------------------------------------------------------ pass 1
 
@@ -213,7 +217,7 @@ class Builder:
             return self._scanned(ranges[index])
 
         files = [range_.records for increment in before for range_ in increment.ranges]
-        firsts = first_rows(scan, [[p.file.id for p in range_.pieces] for range_ in ranges])
+        firsts = first_rows(scan, ([p.file.id for p in range_.pieces] for range_ in ranges))
         letters = select(
             Scans(len(ranges), scan, firsts),
             Earlier(

@@ -17,6 +17,8 @@ Only one n-gram in `one_in` is looked at, chosen by its hash and so the same one
 memory and time fall by as much, and shares stay right on average.
 """
 
+import hashlib
+import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, Self
@@ -26,6 +28,9 @@ import numpy.typing as npt
 
 from pipeline.errors import CorpusError
 from pipeline.ngrams import MOST_WORDS, NgramHasher
+
+SUM_BYTES = 32
+"""Length of the checksum at the end of an index."""
 
 _COMMON = 4
 _FEWEST = 32
@@ -137,14 +142,30 @@ class HeldOutIndex:
         return cls(settings, hashes[compared], owners[compared], sizes)
 
     def save(self, file: BinaryIO) -> None:
-        """Write the index: three arrays in NumPy's format, the same bytes for the same index."""
+        """Write the index: three arrays in NumPy's format and the SHA-256 of all before it, the
+        same bytes for the same index."""
+        data = io.BytesIO()
         for array in (self._hashes, self._documents, self._sizes):
-            np.save(file, array, allow_pickle=False)
+            np.save(data, array, allow_pickle=False)
+        file.write(data.getbuffer())
+        file.write(hashlib.sha256(data.getbuffer()).digest())
 
     @classmethod
-    def load(cls, file: BinaryIO, settings: ContaminationSettings) -> Self:
-        """Read an index that was built with the same settings."""
-        hashes, documents, sizes = (np.load(file, allow_pickle=False) for _ in range(3))
+    def load(cls, data: bytes, settings: ContaminationSettings) -> Self:
+        """The index of what was written of one with the same settings.
+
+        One without a checksum, as the first versions wrote it, is taken as it is. Raises
+        `ValueError` for bytes that were changed.
+        """
+        file = io.BytesIO(data)
+        end = len(data) - SUM_BYTES
+        is_whole = hashlib.sha256(memoryview(data)[: max(end, 0)]).digest() == data[end:]
+        try:
+            hashes, documents, sizes = (np.load(file, allow_pickle=False) for _ in range(3))
+        except Exception as error:  # NumPy raises many kinds for a header that was changed
+            raise ValueError(f"no index: {error}") from None
+        if file.tell() != (end if is_whole else len(data)):
+            raise ValueError("it is not what its checksum says")
         return cls(settings, hashes, documents, sizes)
 
     def overlap(self, blocks: Iterable[bytes]) -> Overlap:

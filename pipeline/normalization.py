@@ -44,7 +44,7 @@ def normalize(blocks: Iterable[bytes], settings: Normalization) -> Iterator[byte
         blocks = _with_newlines(blocks)
     if settings.unicode_form is not None:
         blocks = _in_form(blocks, settings.unicode_form)
-    yield from blocks
+    return iter(blocks)
 
 
 def _without_mark(blocks: Iterable[bytes]) -> Iterator[bytes]:

@@ -49,24 +49,33 @@ def _cut(data: bytearray, limit: int) -> int:
 
 
 class WordCounter:
-    """Counts the words of a document that comes in parts.
+    """Counts the words of documents that come in parts.
 
     A word is a run of bytes other than ASCII white space, which is defined for any bytes and does
     not change with the version of Unicode. One that goes on in the next part counts in the first.
     """
 
     def __init__(self) -> None:
-        self._inside = False
+        # Made once: memory for each document anew takes as long as to count its words.
+        self._scratch = np.empty(_AT_ONCE, np.uint8)
+        self._outside = np.empty(1 + _AT_ONCE, np.bool_)  # of a word, each byte and the one before
+        self._begins = np.empty(_AT_ONCE, np.bool_)
 
-    def count(self, part: bytes) -> int:
-        """The words that begin in this part, which follows the parts counted before."""
+    def count(self, part: bytes, *, goes_on: bool = False) -> int:
+        """The words that begin in a part, the first of a document or, if it `goes_on`, the one
+        behind the part counted before."""
         values = np.frombuffer(part, np.uint8)
-        begins = 0
+        if not goes_on:
+            self._outside[0] = True
+        words = 0
         for at in range(0, len(values), _AT_ONCE):
             some = values[at : at + _AT_ONCE]
-            outside = some - np.uint8(9) < 5  # \t \n \v \f \r; what is smaller wraps around
-            outside |= some == 32
-            begins += int(np.count_nonzero(outside[:-1] > outside[1:]))
-            begins += int(not outside[0] and not self._inside)
-            self._inside = not outside[-1]
-        return begins
+            n = len(some)
+            # \t \n \v \f \r are 9 to 13; what is smaller wraps around.
+            scratch, begins = self._scratch[:n], self._begins[:n]
+            before, outside = self._outside[:n], self._outside[1 : n + 1]
+            np.less(np.subtract(some, 9, out=scratch), 5, out=outside)
+            np.logical_or(outside, np.equal(some, 32, out=begins), out=outside)
+            words += int(np.count_nonzero(np.greater(before, outside, out=begins)))
+            self._outside[0] = self._outside[n]
+        return words

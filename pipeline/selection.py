@@ -98,20 +98,22 @@ def signatures(table: pa.Table) -> Sequence[bytes | None]:
 
 
 def first_rows(
-    scans: Callable[[int], pa.Table], pieces: Sequence[Sequence[str]]
+    scans: Callable[[int], pa.Table], pieces: Iterable[Sequence[str]]
 ) -> list[list[int]]:
     """For each range and piece, how many records of its file come before it.
 
-    `pieces` has for each range the file ids of its pieces.
+    `pieces` has for each range the file ids of its pieces, in the order in which they were cut.
     """
-    before: dict[str, int] = {}
+    last, records_of_it = "", 0  # the pieces of a file follow one another
     firsts = []
     for index, files in enumerate(pieces):
         counts = np.bincount(scans(index).column("piece").to_pylist(), minlength=len(files))
         firsts.append([])
         for file, count in zip(files, counts.tolist(), strict=True):
-            firsts[-1].append(before.get(file, 0))
-            before[file] = firsts[-1][-1] + count
+            if file != last:
+                last, records_of_it = file, 0
+            firsts[-1].append(records_of_it)
+            records_of_it += count
     return firsts
 
 

@@ -11,11 +11,9 @@ A row is a document, or a part of a long one:
 eos is not stored: it comes from the borders of documents. Any Arrow reader opens the file.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +27,7 @@ import pyarrow.ipc
 from pipeline import arrow_arrays
 from pipeline.errors import CorpusError
 from pipeline.storage import Location, open_store
-
-CHUNK_BYTES = 8 * 1024 * 1024
-"""A shard's checksums are of chunks of this length, the last one shorter."""
+from pipeline.summed_file import CHUNK_BYTES, SummedFile
 
 # A record batch ends once it holds this much: small documents share one, and its 500 bytes of
 # metadata vanish; few enough that the writer's memory stays small.
@@ -96,29 +92,27 @@ class ShardWriter:
         self._path, self._store = path, open_store(corpus)
         self._temporary = self._store.scratch(path)
         self._schema = schema(dtype)
-        self._rows: list[Row] = []
-        self._pending_bytes = 0
-        self._totals = {"rows": 0, "documents": 0, "tokens": 0, "n_bytes": 0, "n_words": 0}
-        self._document, self._longest = 0, 0  # tokens of the document being written, of the longest
-        self._file = _HashingFile(self._temporary)
+        self._rows: list[tuple[bytes, int, int, int, int]] = []  # as `Row`, but for the tokens
+        # Those are copied at once: what they are a view of goes, and the next takes its memory,
+        # which the core's cache still has.
+        self._values = np.empty(2 * _BATCH_BYTES // dtype.itemsize, dtype)
+        self._held = 0
+        # A document may go on in the next batch: the tokens of the last so far, of the longest.
+        self._documents = self._last = self._longest = 0
+        self._totals = np.zeros(4, np.int64)  # rows, tokens, n_bytes, n_words
+        self._file = SummedFile(self._temporary)
         self._stream = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self._schema)
 
     def append(self, row: Row) -> None:
         """Add a row; a document's parts follow one another."""
-        self._rows.append(row)
-        self._pending_bytes += row.tokens.nbytes
-        first = row.part == 0
-        self._document = len(row.tokens) + (0 if first else self._document)
-        self._longest = max(self._longest, self._document)
-        for name, count in (
-            ("rows", 1),
-            ("documents", int(first)),
-            ("tokens", len(row.tokens)),
-            ("n_bytes", row.n_bytes),
-            ("n_words", row.n_words),
-        ):
-            self._totals[name] += count
-        if self._pending_bytes >= _BATCH_BYTES or len(self._rows) >= _BATCH_ROWS:
+        doc_id, part, tokens, n_bytes, n_words = row
+        begin, self._held = self._held, self._held + len(tokens)
+        if self._held > len(self._values):
+            more = np.empty(self._held - len(self._values), self._values.dtype)
+            self._values = np.concatenate([self._values, more])
+        self._values[begin : self._held] = tokens
+        self._rows.append((doc_id.encode(), part, len(tokens), n_bytes, n_words))
+        if self._held * self._values.itemsize >= _BATCH_BYTES or len(self._rows) >= _BATCH_ROWS:
             self._flush()
 
     def finish(self) -> Shard:
@@ -127,12 +121,17 @@ class ShardWriter:
         self._stream.close()
         self._file.finish()
         self._store.place(self._temporary, self._path)
+        rows, tokens, n_bytes, n_words = self._totals.tolist()
         return Shard(
             path=self._path,
+            rows=rows,
+            documents=self._documents,
+            tokens=tokens,
+            n_bytes=n_bytes,
+            n_words=n_words,
             longest_document=self._longest,
             length=self._file.length,
             sums=tuple(self._file.sums),
-            **self._totals,
         )
 
     def abort(self) -> None:
@@ -143,24 +142,41 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._rows:
             return
-        rows, self._rows, self._pending_bytes = self._rows, [], 0
-        names = [row.doc_id.encode() for row in rows]
-        item = self._schema.field("tokens").type.value_type
-        tokens = arrow_arrays.numbers(item, np.concatenate([row.tokens for row in rows]))
+        names, parts, tokens, n_bytes, n_words = zip(*self._rows, strict=True)
+        offsets = np.cumsum([0, *tokens], dtype=np.int64)
+        parts = np.array(parts, np.int32)
+        sizes = np.array([n_bytes, n_words], np.int64)
+        self._count(parts, offsets, sizes)
+        kind = self._schema.field("tokens").type
         columns = [
             arrow_arrays.texts(names),
-            arrow_arrays.numbers(pa.int32(), np.array([row.part for row in rows], np.int32)),
+            arrow_arrays.numbers(pa.int32(), parts),
             pa.LargeListArray.from_arrays(
-                arrow_arrays.numbers(
-                    pa.int64(), arrow_arrays.offsets([row.tokens for row in rows], np.int64)
-                ),
-                tokens,
-                type=self._schema.field("tokens").type,
+                arrow_arrays.numbers(pa.int64(), offsets),
+                arrow_arrays.numbers(kind.value_type, self._values[: self._held]),
+                type=kind,
             ),
-            arrow_arrays.numbers(pa.int64(), np.array([row.n_bytes for row in rows], np.int64)),
-            arrow_arrays.numbers(pa.int64(), np.array([row.n_words for row in rows], np.int64)),
+            arrow_arrays.numbers(pa.int64(), sizes[0]),
+            arrow_arrays.numbers(pa.int64(), sizes[1]),
         ]
         self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+        self._rows, self._held = [], 0
+
+    def _count(
+        self,
+        parts: npt.NDArray[np.int32],
+        offsets: npt.NDArray[np.int64],
+        sizes: npt.NDArray[np.int64],
+    ) -> None:
+        """Take the rows of a batch into the totals; `sizes` is [2, rows], bytes and words."""
+        self._totals += [len(parts), offsets[-1], *sizes.sum(axis=1)]
+        begins = np.flatnonzero(parts == 0)
+        self._documents += len(begins)
+        # The last document of the batch before goes on up to the first that begins here.
+        ends = offsets[np.append(begins, len(parts))]
+        lengths = np.diff(ends)
+        self._longest = max(self._longest, self._last + int(ends[0]), int(lengths.max(initial=0)))
+        self._last = int(lengths[-1]) if len(lengths) else self._last + int(ends[0])
 
 
 class ShardReader:
@@ -264,63 +280,6 @@ def check_sums(corpus: Location, shard: Shard) -> None:
                     raise damaged(path, f"chunk {index} (bytes {begin} to {end}) was changed")
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-class _HashingFile:
-    """A new file that sums its chunks as they are written; what Arrow needs of a Python file."""
-
-    def __init__(self, path: Path) -> None:
-        self._folder = path.parent
-        with self._writing():
-            self._file = path.open("xb", buffering=0)
-        self._digest = hashlib.sha256()
-        self.length = 0
-        self.sums: list[str] = []
-        self.closed = False
-
-    def write(self, data: bytes | pa.Buffer) -> int:
-        view = memoryview(data).cast("B")
-        at = 0
-        while at < len(view):
-            piece = view[at : at + CHUNK_BYTES - self.length % CHUNK_BYTES]
-            with self._writing():
-                written = self._file.write(piece)
-            self._digest.update(piece[:written])
-            self.length += written
-            at += written
-            if self.length % CHUNK_BYTES == 0:
-                self._end_chunk()
-        return at
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
-
-    def tell(self) -> int:
-        return self.length
-
-    def finish(self) -> None:
-        if self.length % CHUNK_BYTES:
-            self._end_chunk()
-        with self._writing():
-            os.fsync(self._file.fileno())
-        self.close()
-
-    def close(self) -> None:
-        self._file.close()
-        self.closed = True
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CorpusError(
-                f"{self._folder}: cannot be written ({error.strerror or error})"
-            ) from None
-
-    def _end_chunk(self) -> None:
-        self.sums.append(self._digest.hexdigest())
-        self._digest = hashlib.sha256()
 
 
 def damaged(path: Path | str, what: str) -> CorpusError:

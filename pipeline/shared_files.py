@@ -37,11 +37,14 @@ class SharedFiles(NamedTuple):
         return all(name is None or store.exists(name) for name in names)
 
 
-def shared_files(settings: PrepareSettings, folder: str) -> SharedFiles:
-    """What there is to be in the folder of the first increment."""
+def shared_files(
+    settings: PrepareSettings, folder: str, fingerprint: str | None = None
+) -> SharedFiles:
+    """What there is to be in the folder of the first increment; `fingerprint` is that of the
+    tokenizer of a corpus that is there."""
     has_model = settings.trains_tokenizer or settings.tokenizer_model is not None
     tokenizer = TokenizerFile(
-        settings.tokenizer, f"{folder}/tokenizer.model" if has_model else None
+        settings.tokenizer, f"{folder}/tokenizer.model" if has_model else None, fingerprint
     )
     return SharedFiles(tokenizer, f"{folder}/held-out.npy" if settings.contamination else None)
 

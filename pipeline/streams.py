@@ -9,6 +9,8 @@ from pipeline.errors import CorpusError
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 """Endings of compressed files, in lower case."""
 
+_PACKED = tuple(CODECS)
+
 EXPANSION = 1000
 """What is packed may become this many times longer, or `EXPANSION_FLOOR`."""
 
@@ -17,7 +19,10 @@ EXPANSION_FLOOR = 64 * 1024 * 1024
 
 def codec_of(file_id: str) -> str | None:
     """The codec that a file's name speaks of, if any."""
-    return next((c for ending, c in CODECS.items() if file_id.lower().endswith(ending)), None)
+    name = file_id.lower()
+    if not name.endswith(_PACKED):
+        return None
+    return next(codec for ending, codec in CODECS.items() if name.endswith(ending))
 
 
 def check_expansion(file_id: str, expanded: int, packed: int) -> None:
@@ -29,13 +34,26 @@ def check_expansion(file_id: str, expanded: int, packed: int) -> None:
         )
 
 
-def read_file(file: BinaryIO, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """The bytes of a file from `begin` to `end`, or to its end, as they are."""
+def read_file(
+    file: BinaryIO, begin: int = 0, end: int | None = None, first: int = BLOCK_BYTES
+) -> Iterator[bytes]:
+    """The bytes of a file from `begin` to `end`, or to its end, as they are.
+
+    `first` is the most that is read at first: for a small file one more than it has, since to make
+    room for a whole block takes longer than to read 16 KiB.
+    """
     file.seek(begin)
-    at = begin
-    while block := file.read(BLOCK_BYTES if end is None else min(BLOCK_BYTES, end - at)):
-        at += len(block)
-        yield block
+    wanted = min(first, BLOCK_BYTES)
+    while True:
+        if end is not None:
+            wanted = min(wanted, end - begin)
+        block = file.read(wanted)
+        if block:
+            yield block
+        if len(block) < wanted or not wanted:  # a buffered file gives less at its end alone
+            return
+        begin += wanted
+        wanted = BLOCK_BYTES
 
 
 def read_unpacked(file: BinaryIO, file_id: str, size: int) -> Iterator[bytes]:
@@ -45,8 +63,11 @@ def read_unpacked(file: BinaryIO, file_id: str, size: int) -> Iterator[bytes]:
     """
     codec = codec_of(file_id)
     if codec is None:
-        yield from read_file(file)
-        return
+        return read_file(file, first=size + 1)
+    return _unpacked(file, file_id, size, codec)
+
+
+def _unpacked(file: BinaryIO, file_id: str, size: int, codec: str) -> Iterator[bytes]:
     import pyarrow as pa
 
     file.seek(0)

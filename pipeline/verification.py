@@ -17,7 +17,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.arrow_arrays import joined, view
-from pipeline.contamination import ContaminationSettings, HeldOutIndex, held_out_hashes
+from pipeline.contamination import (
+    SUM_BYTES,
+    ContaminationSettings,
+    HeldOutIndex,
+    held_out_hashes,
+)
 from pipeline.corpus_records import corpus_records, rows_with, shard_path
 from pipeline.errors import CorpusError
 from pipeline.manifest import (
@@ -261,14 +266,16 @@ def _check_parts(where: str, reader: ShardReader, parts: npt.NDArray[np.integer]
 
 
 def _check_held_out_index(store: Store, manifest: Manifest, tokenizer: Tokenizer) -> None:
-    """The index is what the held-out documents give; the manifest has no checksum of it."""
+    """The index is what the held-out documents give: its own checksum could be of another one."""
     if manifest.held_out_index is None:
         return
     settings = ContaminationSettings(**manifest.settings["contamination"])
     hashes = _held_out_hashes(store, manifest, tokenizer, settings)
     data = io.BytesIO()
     HeldOutIndex.build(hashes, settings).save(data)
-    if store.read(manifest.held_out_index) != data.getvalue():
+    expected = data.getvalue()
+    # The first versions wrote no checksum behind it.
+    if store.read(manifest.held_out_index) not in (expected, expected[:-SUM_BYTES]):
         path = f"{store.location}/{manifest.held_out_index}"
         raise damaged(path, "it is not what the held-out documents say")
 

@@ -7,6 +7,7 @@ what the held-out splits say.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from pipeline.parts import WordCounter, cut_parts
 from pipeline.ranges import Range, read_range
 from pipeline.scanning import ScanSettings, read_scan
 from pipeline.selection import LETTERS, REASONS
-from pipeline.shards import Row, Shard, ShardWriter, check_length
+from pipeline.shards import Row, Shard, ShardWriter, check_length, damaged
 from pipeline.splits import SPLITS
 from pipeline.storage import open_store
 from pipeline.tokenizers import Tokenizer, make_tokenizer
@@ -54,10 +55,20 @@ class TokenizerFile(NamedTuple):
     kind: str
     model: str | None
     """Where its file lies in the corpus."""
+    fingerprint: str | None = None
+    """What it must be, where a corpus was made with it."""
 
     def make(self, corpus: str) -> Tokenizer:
-        model = None if self.model is None else open_store(corpus).read(self.model)
-        return make_tokenizer(self.kind, model=model)
+        """Raises `CorpusError` for a file that was changed since."""
+        if self.model is None:
+            return make_tokenizer(self.kind, self.fingerprint)
+        store = open_store(corpus)
+        try:
+            return make_tokenizer(self.kind, self.fingerprint, store.read(self.model))
+        except (CorpusError, ValueError):  # some changed bytes are not even text
+            if self.fingerprint is None:
+                raise
+            raise damaged(f"{store.location}/{self.model}", "it was changed") from None
 
 
 class Finished(NamedTuple):
@@ -75,10 +86,10 @@ class Kept(NamedTuple):
     """Its number among the range's records."""
     id: str
     split: str
-    blocks: Iterator[bytes]
-    """Its normalised content."""
-    digest: "hashlib._Hash"
-    """The SHA-256 of the blocks that were read."""
+    blocks: Iterable[bytes]
+    """Its normalised content, which is hashed as it is read."""
+    sha256: bytes
+    """Of the whole, as it was scanned."""
 
 
 def documents(task: RangeTask, scanned: pa.Table) -> Iterator[Kept]:
@@ -87,30 +98,39 @@ def documents(task: RangeTask, scanned: pa.Table) -> Iterator[Kept]:
     Raises `CorpusError` naming the file that changed meanwhile.
     """
     ids = records.document_ids(scanned, task.first_rows)
-    names = ("file", "row", "sha256")
-    expected = list(zip(*(scanned.column(name).to_pylist() for name in names), strict=True))
-    at, path = -1, task.range_.pieces[-1].file.path
+    files, rows, hashes = (scanned.column(name).to_pylist() for name in ("file", "row", "sha256"))
+    splits = dict(zip(LETTERS, SPLITS, strict=True))
+    normalization, letters, count = task.settings.normalization, task.letters, len(scanned)
+    at, file = -1, task.range_.pieces[-1].file
     for at, (_, file, row, item) in enumerate(read_range(task.range_, task.settings.format)):
-        path = file.path
-        if at >= len(expected) or expected[at][:2] != (file.id, row):
+        if at >= count or files[at] != file.id or rows[at] != row:
             break
-        if task.letters[at] not in LETTERS:
+        split = splits.get(letters[at])
+        if split is None:
             for _ in item.blocks if isinstance(item, Content) else ():
                 pass
             continue
         if not isinstance(item, Content):
             break
+        blocks = normalize(item.blocks, normalization)
+        first, second = next(blocks, b""), next(blocks, None)
+        if second is None:  # most documents: known to be what was scanned before it is used
+            if hashlib.sha256(first).digest() != hashes[at]:
+                break
+            yield Kept(at, ids[at], split, (first,), hashes[at])
+            continue
         digest = hashlib.sha256()
-        blocks = _hashed(normalize(item.blocks, task.settings.normalization), digest)
-        yield Kept(at, ids[at], SPLITS[LETTERS.index(task.letters[at])], blocks, digest)
+        blocks = _hashed(itertools.chain((first, second), blocks), digest)
+        del first, second
+        yield Kept(at, ids[at], split, blocks, hashes[at])
         for _ in blocks:  # what the reader did not want
             pass
-        if digest.digest() != expected[at][2]:
+        if digest.digest() != hashes[at]:
             break
     else:
-        if at + 1 == len(expected):
+        if at + 1 == count:
             return
-    raise CorpusError(f"{path}: changed while it was being prepared; run prepare again")
+    raise CorpusError(f"{file.path}: changed while it was being prepared; run prepare again")
 
 
 def write_range(
@@ -130,9 +150,12 @@ def write_range(
     tokenizer = tokenizer_file.make(task.corpus)
     index = None
     if held_out and contamination:
-        with store.open(held_out) as file:
-            index = HeldOutIndex.load(file, contamination)
-    fates = _Fates(task, scanned)
+        try:
+            index = HeldOutIndex.load(store.read(held_out), contamination)
+        except ValueError as error:
+            what = f"it was changed ({error})"
+            raise damaged(f"{store.location}/{held_out}", what) from None
+    fates, words = _Fates(task, scanned), WordCounter()
     writers: dict[str, ShardWriter] = {}
     try:
         for document in documents(task, scanned):
@@ -146,7 +169,8 @@ def write_range(
                 path = f"{folder}/{document.split}-{task.number:05d}.arrow"
                 writers[document.split] = ShardWriter(task.corpus, path, tokenizer.dtype)
             fates.keep(
-                document, *_write_document(document, parts, tokenizer, writers[document.split])
+                document,
+                *_write_document(document, parts, tokenizer, words, writers[document.split]),
             )
         shards = {split: writer.finish() for split, writer in writers.items()}
     finally:
@@ -246,17 +270,22 @@ class _Fates:
 
 
 def _write_document(
-    document: Kept, parts: Iterable[bytes], tokenizer: Tokenizer, writer: ShardWriter
+    document: Kept,
+    parts: Iterable[bytes],
+    tokenizer: Tokenizer,
+    words: WordCounter,
+    writer: ShardWriter,
 ) -> tuple[int, bytes]:
     """Write a document's rows; returns how many tokens it has, and the hash of them."""
-    digest, count, words = hashlib.sha256(), 0, WordCounter()
+    digest, count = hashlib.sha256(), 0
     for part, text in enumerate(parts):
         tokens = tokenizer.encode(text)
-        if not tokenizer.stores_bytes:  # else it is the hash of the text, which is made anyway
+        if not tokenizer.stores_bytes:  # else it is the hash of the text, which is known
             digest.update(np.ascontiguousarray(tokens, tokens.dtype.newbyteorder("<")).data)
         count += len(tokens)
-        writer.append(Row(document.id, part, tokens, len(text), words.count(text)))
-    return count, (document.digest if tokenizer.stores_bytes else digest).digest()
+        n_words = words.count(text, goes_on=part > 0)
+        writer.append(Row(document.id, part, tokens, len(text), n_words))
+    return count, document.sha256 if tokenizer.stores_bytes else digest.digest()
 
 
 def _hashed(blocks: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:

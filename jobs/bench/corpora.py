@@ -9,7 +9,7 @@ from typing import NamedTuple
 from jobs import recipe as recipes
 from jobs.bench import data_measurement as measured
 from jobs.bench.measurement import Spread
-from jobs.bench.memory_measurement import measure_memory
+from jobs.bench.memory_measurement import measure_memory, measure_near_duplicates
 from jobs.console import Console
 from jobs.errors import UserError
 from pipeline.sources import SourceFile, SourceSettings, list_files
@@ -122,14 +122,16 @@ def _measure(
         name = "SentencePiece: a Ray worker"
         figures.append(_compared(name, clock, pieces.compared, "bare encode", 0.85))
     part = measured.part_of(files, _MEMORY_SHARE * sum(file.size for file in files))
-    memory = measure_memory(folder, part, console)
-    growth = memory.growth_percent
-    figures.append(
-        Figure(
-            f"memory: {memory.megabytes[1]:,.0f} MB of text", "", Spread.of([growth]), "% more",
-            f"{memory.megabytes[0]:,.0f} MB", None, None, "under 10", growth < 10,
-        )
-    )  # fmt: skip
+    memories = measure_memory(folder, part, console)
+    for memory in memories:
+        growth = memory.growth_percent
+        figures.append(
+            Figure(
+                f"memory: {memory.megabytes[1]:,.0f} MB of {memory.form}", "",
+                Spread.of([growth]), "% more", f"{memory.megabytes[0]:,.0f} MB",
+                None, None, "under 10", growth < 10,
+            )
+        )  # fmt: skip
     rates = measured.measure_loader(folder / "whole", batch[1], batch[0], rounds)
     for clock in ("wall", "cpu"):
         rate = Spread.of([getattr(each, clock) for each in rates])
@@ -137,7 +139,10 @@ def _measure(
         target = "at least 20" if clock == "cpu" else ""
         against = f"batch {batch[0]} x {batch[1]:,}"
         figures.append(Figure("loader", clock, rate, "Mtok/s", against, None, None, target, met))
-    peaks = " and ".join(f"{peak / 2**20:,.0f} MiB" for peak in memory.peaks)
+    peaks = "; ".join(
+        f"{memory.form} {memory.peaks[0] / 2**20:,.0f} and {memory.peaks[1] / 2**20:,.0f} MiB"
+        for memory in memories
+    )
     notes = [
         f"start-up: the first range of a process {of_bytes.start_seconds:.1f} s; Ray, its"
         f" {pieces.workers} workers and their tokenizer {pieces.start_seconds:.1f} s; training the"
@@ -146,7 +151,7 @@ def _measure(
         f" SentencePiece: {pieces.n_bytes / 1e6:,.0f} MB a round, all {pieces.workers} workers with"
         f" Ray's own work {pieces.together.median:,.1f} MB/s of wall-clock time",
         f"memory: peaks of {peaks}, driver and worker in one process; near-duplicates keep"
-        f" {memory.near_duplicate_bytes:,.0f} bytes a document more",
+        f" {measure_near_duplicates():,.0f} bytes a document more",
     ]
     return figures, notes
 

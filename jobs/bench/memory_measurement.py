@@ -4,6 +4,7 @@ Of Python's own measures, the peak of a process that a larger one started is the
 the kernel is asked what it knows of the process alone.
 """
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,37 +20,64 @@ from pipeline.sources import SourceFile, SourceSettings
 from pipeline.tasks import run_here
 
 _SIGNATURES = 2**16
+_FILE_BYTES = 64 * 2**20
+"""Of JSON lines."""
 
 
 class Memory(NamedTuple):
     """Peak memory of a process that prepares, for two sizes of corpus."""
 
+    form: str
+    """files: each document is one; records: of JSON lines, many in a file."""
     megabytes: tuple[float, float]
     """Of text: n and about 10 n."""
     peaks: tuple[int, int]
     """Bytes."""
-    near_duplicate_bytes: float
-    """Of a document, that finding near-duplicates keeps in memory."""
 
     @property
     def growth_percent(self) -> float:
         return 100 * (self.peaks[1] / self.peaks[0] - 1)
 
 
-def measure_memory(folder: Path, files: Sequence[SourceFile], console: Console) -> Memory:
-    """Prepares a tenth of the files, then all of them, each alone in a fresh process."""
-    sizes, peaks = [], []
-    for name, share in (("tenth", 0.1), ("whole", 1.0)):
-        chosen = part_of(files, share * sum(file.size for file in files))
-        sizes.append(sum(file.size for file in chosen) / 1e6)
-        console.line(f"preparing {sizes[-1]:,.0f} MB in a process of its own")
-        for file in chosen:
-            link = folder / f"{name} text" / file.id
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(file.path)
-        peaks.append(int(_alone("peak_of_preparing", folder / f"{name} text", folder / name)))
-    bytes_each = float(_alone("near_duplicate_bytes"))
-    return Memory((sizes[0], sizes[1]), (peaks[0], peaks[1]), bytes_each)
+def measure_memory(folder: Path, files: Sequence[SourceFile], console: Console) -> list[Memory]:
+    """Prepares a tenth of the files, then all of them, each alone in a fresh process; and the same
+    documents as records of few large files. The corpus of all files stays in `folder`/whole."""
+    found = []
+    for form, put in (("files", _links), ("records", _records)):
+        sizes, peaks = [], []
+        for name, share in (("tenth", 0.1), ("whole", 1.0)):
+            chosen = part_of(files, share * sum(file.size for file in files))
+            sizes.append(sum(file.size for file in chosen) / 1e6)
+            console.line(f"preparing {sizes[-1]:,.0f} MB of {form} in a process of its own")
+            corpus = folder / (name if form == "files" else f"{name} {form}")
+            text = folder / f"{name} {form} text"
+            put(text, chosen)
+            peaks.append(int(_alone("peak_of_preparing", text, corpus)))
+        found.append(Memory(form, (sizes[0], sizes[1]), (peaks[0], peaks[1])))
+    return found
+
+
+def measure_near_duplicates() -> float:
+    """Bytes of a document that finding near-duplicates keeps in memory."""
+    return float(_alone("near_duplicate_bytes"))
+
+
+def _links(folder: Path, files: Sequence[SourceFile]) -> None:
+    for file in files:
+        link = folder / file.id
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file.path)
+
+
+def _records(folder: Path, files: Sequence[SourceFile]) -> None:
+    folder.mkdir(parents=True)
+    path, size = folder / "0.jsonl", 0
+    for number, file in enumerate(files):
+        if size >= _FILE_BYTES:
+            path, size = folder / f"{number}.jsonl", 0
+        with file.open() as text, path.open("a") as records:
+            record = {"text": text.read().decode(errors="replace")}
+            size += records.write(json.dumps(record) + "\n")
 
 
 def peak_of_preparing(source: str, corpus: str) -> int:

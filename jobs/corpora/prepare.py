@@ -184,8 +184,8 @@ def prepare_corpus(
             if at.done == 1:
                 first[at.stage] = (now, at.n_bytes)  # Ray has started by then
             note = f"{at.records:,} documents  {at.n_bytes / 1e6:,.1f} MB"
-            if at.done > 1:
-                since, before = first[at.stage]
+            since, before = first.get(at.stage, (now, at.n_bytes))
+            if at.n_bytes > 2 * before:  # else a large first range says nothing of the speed
                 note += f"  {(at.n_bytes - before) / 1e6 / max(now - since, 1e-9):,.1f} MB/s"
             label = labels.get(at.stage, at.stage)
             progress.update(at.done, total=at.total, label=label, note=note)

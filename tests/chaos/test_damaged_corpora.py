@@ -108,6 +108,24 @@ def test_what_lies_beside_the_shards_is_named_and_made_again(corpus, what, damag
     assert files(corpus) == whole
 
 
+@pytest.mark.parametrize("what", ["tokenizer", "held-out"])
+def test_a_changed_byte_of_what_increments_share_is_named_before_it_is_used(corpus, what):
+    manifest, source = Manifest.load(corpus), corpus.parent / "source"
+    name = str({"tokenizer": manifest.tokenizer.file, "held-out": manifest.held_out_index}[what])
+    whole = (corpus / name).read_bytes()
+    flip(corpus / name)
+    with pytest.raises(CorpusError, match=rf"{name}: it "):
+        verify(corpus)
+    plant(source, range(60, 63))
+    with pytest.raises(CorpusError, match=rf"{name}: it was changed.*delete the file and run"):
+        make(source, corpus, **EVERYTHING)
+    assert Manifest.load(corpus) == manifest
+    (corpus / name).unlink()
+    assert len(make(source, corpus, **EVERYTHING).manifest.increments) == 2
+    assert (corpus / name).read_bytes() == whole
+    verify(corpus)
+
+
 @pytest.mark.parametrize("listing_too", [False, True])
 def test_the_manifest_of_an_older_plan_is_named_and_replaced(corpus, listing_too):
     source = corpus.parent / "source"

@@ -138,9 +138,24 @@ def test_an_index_is_the_same_bytes_and_comes_back():
     for file in files:
         index_of(documents, SAMPLED).save(file)
     assert files[0].getvalue() == files[1].getvalue()
-    files[0].seek(0)
-    index = HeldOutIndex.load(files[0], SAMPLED)
+    index = HeldOutIndex.load(files[0].getvalue(), SAMPLED)
     assert overlap(index, documents[4]) == (1.0, 4)
+    older = HeldOutIndex.load(files[0].getvalue()[:-32], SAMPLED)  # it had no checksum
+    assert overlap(older, documents[4]) == (1.0, 4)
+
+
+def test_a_changed_byte_of_an_index_is_found():
+    file = io.BytesIO()
+    index_of([words(seed, 300) for seed in range(2)], SAMPLED).save(file)
+    data = file.getvalue()
+    for at in range(len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        with pytest.raises(ValueError):  # noqa: PT011 (NumPy's own words, or ours)
+            HeldOutIndex.load(bytes(changed), SAMPLED)
+    for cut in (0, 1, 31, 33, len(data) - 31, len(data) - 1):
+        with pytest.raises(ValueError):  # noqa: PT011
+            HeldOutIndex.load(data[:cut], SAMPLED)
 
 
 def test_an_index_of_nothing():

@@ -56,6 +56,21 @@ def test_many_batches_and_chunks(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s.arrow"]
 
 
+def test_a_document_in_two_batches_and_a_batch_of_more_than_there_was_room_for(tmp_path):
+    rng, sizes = np.random.default_rng(1), (2_500_000, 4_000_000, 2_000_000, 2_500_000)
+    tokens = [rng.integers(0, 2**16, n, np.uint16) for n in sizes]
+    writer = ShardWriter(tmp_path, "s.arrow", np.dtype(np.uint16))
+    for part, some in zip((0, 1, 0, 1), tokens, strict=True):
+        writer.append(Row("doc", part, some, 7, 2))
+    shard = writer.finish()
+    with pa.ipc.open_file(str(tmp_path / "s.arrow")) as file:
+        assert [file.get_batch(i).num_rows for i in range(file.num_record_batches)] == [1, 1, 2]
+    assert (shard.rows, shard.documents, shard.tokens) == (4, 2, sum(sizes))
+    assert (shard.longest_document, shard.n_bytes, shard.n_words) == (6_500_000, 28, 8)
+    reader = ShardReader(tmp_path / "s.arrow", shard, np.dtype(np.uint16))
+    assert all(np.array_equal(reader.tokens(row), some) for row, some in enumerate(tokens))
+
+
 def test_small_documents_share_batches(tmp_path):
     shard = write_shard(tmp_path, "s.arrow", [[b"%d" % i] for i in range(20_000)])
     with pa.ipc.open_file(str(tmp_path / "s.arrow")) as file:

@@ -9,10 +9,11 @@ from jobs.bench import data_measurement as measured
 from jobs.bench.corpora import Figure, _share
 from jobs.bench.data_measurement import Compared, Taken
 from jobs.bench.measurement import Spread
-from jobs.bench.memory_measurement import Memory, measure_memory
+from jobs.bench.memory_measurement import Memory, measure_memory, measure_near_duplicates
 from jobs.cli.main import run_cli
 from jobs.console import Console
 from jobs.errors import ExitCode
+from pipeline.manifest import Manifest
 from pipeline.near_duplicates import NearDuplicateSettings
 from pipeline.sources import list_files, standard_library
 
@@ -45,7 +46,7 @@ def test_ratios_are_taken_within_a_round():
     assert ratio == Spread(0.75, 0.5, 1)
     assert compared.spreads("wall")[2] == Spread(0.25, 0.25, 0.25)
     assert Taken(2, 4).rate(8) == Taken(4, 2)
-    assert Memory((1, 10), (200, 220), 0).growth_percent == pytest.approx(10)
+    assert Memory("files", (1, 10), (200, 220)).growth_percent == pytest.approx(10)
 
 
 def test_the_share_of_an_update_is_of_the_same_tokens():
@@ -85,12 +86,17 @@ def test_the_peak_of_a_fresh_process_is_its_own(tmp_path):
     for name in "abcdef":
         (tmp_path / "text" / name).write_text(name * 3_000_000)
     files = list_files(measured.SourceSettings((str(tmp_path / "text"),)))
-    memory = measure_memory(tmp_path, files, Console(quiet=True))
-    assert 2**25 < memory.peaks[0] <= 2 * memory.peaks[1]
-    assert memory.peaks[1] < len(held)
-    assert memory.megabytes == (3, 18)
+    memories = measure_memory(tmp_path, files, Console(quiet=True))
+    assert [memory.form for memory in memories] == ["files", "records"]
+    for memory in memories:
+        assert 2**25 < memory.peaks[0] <= 2 * memory.peaks[1]
+        assert memory.peaks[1] < len(held)
+        assert memory.megabytes == (3, 18)
+    counts = [Manifest.load(tmp_path / name).splits["train"] for name in ("whole", "whole records")]
+    assert counts[0].documents == counts[1].documents == 6
+    assert counts[0].tokens == counts[1].tokens  # of the records, which hold the same texts
     signature = 4 * NearDuplicateSettings().permutations
-    assert signature < memory.near_duplicate_bytes < 4 * signature
+    assert signature < measure_near_duplicates() < 4 * signature
 
 
 @pytest.mark.ray
