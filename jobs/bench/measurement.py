@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.compiler_options import compiler_options
 from jobs.console import Console
 
 PEAK_SIZE = 2048
@@ -145,7 +146,8 @@ class _Runner:
         abstract = jax.eval_shape(program.begin)
         began = time.perf_counter()
         # At the arguments' shapes alone: what does not fit must not be made.
-        lowered = jax.jit(program.function, donate_argnums=0).lower(*abstract)
+        step = jax.jit(program.function, donate_argnums=0, compiler_options=compiler_options())
+        lowered = step.lower(*abstract)
         self._compiled = lowered.compile()
         self.program = program
         self._compile_seconds = time.perf_counter() - began
