@@ -109,7 +109,7 @@ def compare(
     for runner in runners:
         groups.setdefault(runner.program.length, []).append(runner)
     figures: dict[_Runner, list[_Figures]] = {runner: [] for runner in runners}
-    peak, peaks = _Peak(dtype), []
+    peak, peaks = Peak(dtype), []
     with console.progress("round", rounds) as progress:
         for round_ in range(rounds):
             for length, group in groups.items():
@@ -195,7 +195,7 @@ class _Runner:
         )
 
 
-class _Peak:
+class Peak:
     """The fastest that the machine multiplies matrices."""
 
     def __init__(self, dtype: str) -> None:
