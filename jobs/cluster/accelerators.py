@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs.cluster.tpu_slices import Slice, ray_name, tpu_slice
 from jobs.errors import UserError
+from jobs.training.host_memory import ONE_ARENA
 from model.config import ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def environment(cluster: "ClusterConfig", ours: Mapping[str, str] = os.environ) 
         "OMP_NUM_THREADS": threads,
         "JAX_PLATFORMS": _PLATFORMS[cluster.accelerator],
     }
+    if cluster.accelerator == "cpu":
+        variables |= ONE_ARENA
     # What the driver was given goes for the workers of a running cluster too.
     return variables | {name: ours[name] for name in _HANDED_ON if ours.get(name)}
 

@@ -50,6 +50,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
         settings: the same in every process.
         notice: what this process has been told, asked once a batch.
     """
+    keep_freed_memory()  # before JAX is used
     recipe, run = settings.recipe, RunDirectory(settings.run, patient=True)
     training = recipe.training
     primary = jax.process_index() == 0
@@ -58,7 +59,6 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
     run_log.event("group start", **who)
     ledger = Ledger(run.store) if primary else None
     goodput = Goodput(ledger, settings.lease_owner)
-    keep_freed_memory()
     use_compile_cache(recipe.cluster.compile_cache)
 
     # ---- Mesh: which device does what -----------------------------------------------------------

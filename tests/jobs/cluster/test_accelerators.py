@@ -54,7 +54,7 @@ def test_worker(fields, reserved, devices, platforms):
         "NPROC": threads,
         "OMP_NUM_THREADS": threads,
         "JAX_PLATFORMS": platforms,
-    }
+    } | ({"MALLOC_ARENA_MAX": "1"} if platforms == "cpu" else {})
     given = {"XLA_FLAGS": "--a", "JAX_ENABLE_X64": "1"}
     assert environment(config, given).items() >= given.items()
 
