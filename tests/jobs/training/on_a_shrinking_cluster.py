@@ -51,10 +51,12 @@ class Place:
         """Where the newest group's worker of that rank runs: its raylet has started it."""
         worker = run_log.events(self.run.logs, f"rank-{rank}", "group start")[-1]["worker_pid"]
         raylet = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+        nodes: list[Any] = [self.cluster.head_node, *self.nodes]
         [node] = [
             node
-            for node in (self.cluster.head_node, *self.nodes)
-            if raylet == node.all_processes["raylet"][0].process.pid
+            for node in nodes
+            # One that was lost has none left.
+            if raylet in [each.process.pid for each in node.all_processes.get("raylet", ())]
         ]
         return node
 
@@ -115,7 +117,7 @@ def spread(place: Place) -> None:
 
 
 WORKERS = {"preempted": "2", "elastic": "[1,2]", "spread": "2"}
-STEPS = {"preempted": 100_000, "elastic": 100_000, "spread": 1_600}
+STEPS = {"preempted": 100_000, "elastic": 100_000, "spread": 800}
 
 
 def main(folder: Path, scenario: str) -> None:

@@ -64,6 +64,6 @@ def test_a_node_is_lost_and_the_training_ends_on_the_others_as_if_none_had_been(
     first, second = seen["starts"]
     assert first == second
     assert len(first) == 2
-    assert 0 == first[0] < first[1] < seen["newest"] == 1600
+    assert 0 == first[0] < first[1] < seen["newest"] == 800
     calm, moved = seen["sums"]
     assert moved == calm
