@@ -18,7 +18,7 @@ from jobs.console import Console
 from jobs.errors import ExitCode, UserError
 from jobs.lineage.code_diff import CodeDiff, code_diff
 from jobs.lineage.provenance import note_start, provenance
-from jobs.metric_names import EVAL_BITS, TOKENS_PER_SECOND, TRAIN_LOSS
+from jobs.metric_names import TOKENS_PER_SECOND, TRAIN_LOSS
 from jobs.recipe import Recipe
 from jobs.runs import run_log
 from jobs.runs.lease import Lease, LeaseLostError
@@ -289,23 +289,17 @@ def _supervise(
         finally:
             ended.set()
 
-    evaluations: dict[int, dict[str, float]] = {}
     rate: float | None = None
-    shown = newest_update(run)
     tracked: set[int] = set()
     present: set[int] = set()
 
     def show(points: list[MetricPoint]) -> None:
-        nonlocal shown, rate
+        nonlocal rate
         for point in points:
-            if EVAL_BITS in point.values:
-                evaluations[point.step] = point.values
-            else:
-                rate = point.values.get(TOKENS_PER_SECOND, rate)  # a batch's last has it
-                nats = point.values.get(TRAIN_LOSS)
-                if nats is not None:
-                    progress.update(point.step, nats_per_token=nats, tokens_per_second=rate)
-            shown = point.step
+            rate = point.values.get(TOKENS_PER_SECOND, rate)  # a batch's last has it
+            nats = point.values.get(TRAIN_LOSS)
+            if nats is not None:
+                progress.update(point.step, nats_per_token=nats, tokens_per_second=rate)
         if on_points:
             on_points(points)
 
@@ -317,12 +311,10 @@ def _supervise(
         folder = run if last else watched
         manifests, before = complete_checkpoints(folder), len(tracked)
         for manifest in manifests:
-            # Its evaluation is in the spool before it is committed, and shown soon after.
-            if manifest.update not in tracked and (manifest.update <= shown or last):
+            if manifest.update not in tracked:
                 where = checkpoint_store(run, manifest.update).location
                 uri = where if is_url(where) else Path(where).as_uri()
-                metrics = evaluations.get(manifest.update, {})
-                tracker.log_checkpoint(manifest.update, uri, metrics)
+                tracker.log_checkpoint(manifest.update, uri, manifest.metrics)
                 tracked.add(manifest.update)
         if last or len(tracked) > before:
             tracker.log_missing(
