@@ -354,7 +354,7 @@ def _supervise(
     log = run_log.LogTail(run.logs, "rank-0")
     watched = RunDirectory(run.location)  # whose looks need not wait for a store
     pause = _LOOK_STORE_SECONDS if is_url(run.location) else _LOOK_SECONDS
-    groups, outage, expected = 0, False, shown
+    groups, outage, expected = 0, False, newest_update(run)
     with console.training(recipe.training.steps) as progress:
         tracker.attach_spool(run.metrics, show)
         threading.Thread(target=work, name="training", daemon=True).start()

@@ -69,7 +69,7 @@ def profile(program: Program) -> dict[tuple[str, str], float]:
     step = jax.jit(program.function, donate_argnums=0, compiler_options=compiler_options())
     compiled = step.lower(*jax.eval_shape(program.begin)).compile()
     opcodes = dict(
-        re.findall(r"^\s*(?:ROOT )?%(\S+) = .*? ([a-z][\w-]*)\(", compiled.as_text(), re.M)
+        re.findall(r"^\s*(?:ROOT )?%(\S+) = .*? ([a-z][\w-]*)\(", compiled.as_text() or "", re.M)
     )
     state, inputs = jax.jit(program.begin)()
     state, _ = jax.block_until_ready(compiled(state, inputs))
@@ -80,7 +80,7 @@ def profile(program: Program) -> dict[tuple[str, str], float]:
         [path] = Path(folder).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(path)).planes
         times = self_times(line for plane in planes for line in plane.lines)
-    total: dict[tuple[str, str], float] = collections.Counter()
+    total: dict[tuple[str, str], float] = collections.defaultdict(float)
     for name, taken in times.items():
         opcode = opcodes.get(name, "while")
         if opcode in ("while", "call", "conditional"):  # what is inside them has events of its own
