@@ -40,7 +40,8 @@ class SummedFile:
         # It begins at a page. From malloc, which gives the next file the same memory: to map as
         # much anew takes as long as to fill it.
         room = np.empty(_PIECE_BYTES + _ALIGNED, np.uint8)
-        self._piece = room[-room.ctypes.data % _ALIGNED :].data[:_PIECE_BYTES]
+        begin = -room.ctypes.data % _ALIGNED
+        self._piece = room[begin : begin + _PIECE_BYTES].data
         self._held = 0
         self._digest = hashlib.sha256()  # of the chunk so far
         self._written = 0
