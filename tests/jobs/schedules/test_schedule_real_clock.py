@@ -118,7 +118,8 @@ def test_a_flow_every_minute_over_a_corpus_that_grows(tmp_path: Path, monkeypatc
     assert begins[1] < begins[0] - 1
     champion = client.get_model_version_by_alias("nightly", "champion")
     assert champion.run_id == better["candidate"]["mlflow_run_id"]
-    assert len(client.search_model_versions("name='nightly'")) == 3
+    # A tick between the change of the recipe and the last growth makes another bad one.
+    assert len(client.search_model_versions("name='nightly'")) >= 3
     experiment = client.get_experiment_by_name("tvq")
     assert experiment
     for result in (first, better, worse):
