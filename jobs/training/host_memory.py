@@ -50,6 +50,13 @@ def keep_freed_memory() -> None:
     _ask_for_large_pages(libc)
 
 
+def release_freed_memory() -> None:
+    """Gives back all the same what was kept, so that something large has room."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 def _ask_for_large_pages(libc: ctypes.CDLL) -> None:
     """For the part of the heap that will be used: addresses alone, three quarters of the memory."""
     libc.malloc.restype = ctypes.c_void_p

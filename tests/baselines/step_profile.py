@@ -23,7 +23,7 @@ from model.config import PRESETS, OptimizerConfig
 
 _CALLS = 6
 
-_PRODUCTS = r"dot|custom-call"
+_PRODUCTS = r"dot|custom-call|ynn"  # YNN has nothing else: see compiler_options
 _COPIES = r"copy|broadcast|concatenate|pad|(dynamic-|dynamic-update-)?slice|transpose|bitcast"
 
 

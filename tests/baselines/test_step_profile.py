@@ -11,6 +11,7 @@ from tests.baselines.step_profile import kind_of, self_times
     ("name", "opcode", "kind"),
     [
         ("dot.86", "dot", "products"),
+        ("ynn_fusion.7", "fusion", "products"),
         ("custom-call.2", "custom-call", "products"),
         ("multiply_bitcast_fusion.3", "fusion", "element-wise, sums"),
         ("wrapped_reduce-window", "fusion", "element-wise, sums"),
