@@ -270,9 +270,12 @@ def _rich_console(stream: TextIO) -> RichConsole:
 
 
 def _is_number(cell: str) -> bool:
-    head = cell.partition(" ")[0].replace(",", "").rstrip("%")
+    head, _, unit = cell.partition(" ")
+    head = head.replace(",", "").rstrip("%")
     if cell in ("", "-"):
         return True
+    if " " in unit:  # a cron expression, say
+        return False
     try:
         float(head)
     except ValueError:

@@ -163,7 +163,8 @@ class ClusterConfig:
     data: int = operational(-1)
     """Devices along the mesh's data axis; -1: all that the other axes leave."""
     fsdp: int = operational(1)
-    """Devices that parameters and optimizer state are split over."""
+    """Devices that parameters and optimizer state are split over; -1, with another data: all that
+    the other axes leave."""
     tensor: int = operational(1)
     """Devices that value columns, gate and output projection are split over."""
     max_restarts: int = operational(3)

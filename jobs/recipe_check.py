@@ -65,7 +65,7 @@ def check(recipe: "Recipe", optimizer: OptimizerConfig, fields: Mapping[str, Any
         ("cluster.workers", cluster.least_workers, 0 if isinstance(cluster.workers, int) else 1),
         ("cluster.cpus_per_worker", cluster.cpus_per_worker, 1),
         ("cluster.memory_gib", cluster.memory_gib, 1),
-        ("cluster.fsdp", cluster.fsdp, 1),
+        ("cluster.fsdp", None if cluster.fsdp == -1 else cluster.fsdp, 1),
         ("cluster.tensor", cluster.tensor, 1),
         ("cluster.max_restarts", cluster.max_restarts, 0),
         ("cluster.peak_flops", cluster.peak_flops, 1),

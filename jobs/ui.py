@@ -20,6 +20,7 @@ from jobs.console import Console
 from jobs.errors import UserError
 from jobs.recipe import from_yaml
 from jobs.runs.run_directory import RunDirectory, list_runs
+from jobs.tracking.dead_runs import end_dead_runs
 from jobs.tracking.store import Store, without_credentials
 from jobs.training.train import store_of_run
 from pipeline.storage import Location
@@ -95,6 +96,8 @@ def serve(
 def show_runs(root: Location, port: int | None, console: Console) -> None:
     """`tvq ui`: shows the runs under `root`, in the experiment of the one begun last.
 
+    Those whose driver was killed with everything else are shown as killed, not as running.
+
     Raises:
         UserError: there are no runs, or the page cannot be served.
     """
@@ -103,6 +106,7 @@ def show_runs(root: Location, port: int | None, console: Console) -> None:
         raise UserError(f"{root}: no runs there yet; `tvq train` makes one, --root names a folder")
     recipe = from_yaml(runs[-1].recipe_text(), f"the recipe of run {runs[-1].name}")
     store = store_of_run(runs[-1])
+    end_dead_runs(runs, console.line)
     with tempfile.TemporaryDirectory(prefix="tvq-ui-") as folder:
         log = Path(folder) / "mlflow.log"
         show(store, recipe.tracking.experiment, log=log, say=console.result, port=port)

@@ -75,11 +75,22 @@ class Mixture(NamedTuple):
 
 
 def mix(
-    rows: Rows, buffer: Columns, summary: Summary | None, table: Table, seen: Int[Array, "*B"]
+    rows: Rows,
+    buffer: Columns,
+    summary: Summary | None,
+    table: Table,
+    seen: Int[Array, "*B"],
+    *,
+    whole_buffer: bool = False,
 ) -> Mixture:
-    """The softmax of a block's rows over the buffer and the codewords. `seen` tokens precede it."""
+    """The softmax of a block's rows over the buffer and the codewords. `seen` tokens precede it.
+
+    Without codewords the rows attend their windows alone, or the `whole_buffer`.
+    """
     dtype, wide = buffer.values.dtype, buffer.keys.dtype
-    scores = column_scores(rows, buffer, table, seen, whole_buffer=summary is not None)
+    scores = column_scores(
+        rows, buffer, table, seen, whole_buffer=whole_buffer or summary is not None
+    )
     largest, codes = row_max(scores), None
     if summary is not None:
         codes = _code_scores(rows, summary, table)
@@ -114,8 +125,8 @@ def column_scores(
     attended = attended if attended.ndim == 2 else attended[:, None, None]
     attended = attended & same_document(rows, buffer)
     scores = jnp.einsum("bhqk,bhwk->bhqw", flatten_rows(rows.content), buffer.keys)
-    by_distance = jnp.einsum("bhqk,hpk->bhqp", flatten_rows(rows.position), table.distances)
-    scores = split_rows(scores, R) + skew(split_rows(by_distance, R))
+    by_distance = times_table(flatten_rows(rows.position), table.distances.mT)
+    scores = split_rows(scores, R) + skew(split_rows(by_distance, R), W)
     return flatten_rows(jnp.where(attended, scores, -jnp.inf))
 
 
@@ -123,8 +134,9 @@ def _code_scores(rows: Rows, summary: Summary, table: Table) -> Float[Array, "B 
     """Scores against the codewords, each for as many tokens as it has; -inf for none."""
     known = summary.counts > 0
     bias = jnp.where(known, jnp.log(jnp.maximum(summary.counts, 1)), -jnp.inf)
+    assert table.codewords is not None
     content = flatten_rows(rows.content)
-    codes = jnp.einsum("bhqk,hsk->bhqs", content, table.codewords) + bias[:, :, None]
+    codes = times_table(content, table.codewords.mT) + bias[:, :, None]
     if rows.documents is None or summary.document is None:
         return codes
     same = rows.documents == summary.document[:, None]
@@ -180,18 +192,19 @@ def mix_transposed(
         means = jnp.einsum(
             "bhqs,bhqv->bhsv", mixture.to_codes, cotangent, preferred_element_type=wide
         )
-        content += jnp.einsum("bhqs,hsk->bhqk", codes, table.codewords)
+        assert table.codewords is not None
+        content += times_table(codes, table.codewords)
     columns = split_rows(columns, R)
-    by_distance = flatten_rows(unskew(columns, W - L + 1))
+    by_distance = flatten_rows(unskew(columns, table.window + 1))
     if window_gradient:
         columns = jnp.where(jnp.arange(W) >= jnp.arange(L)[:, None], columns, 0)
     return Moves(
         content=split_rows(content, R),
-        position=split_rows(jnp.einsum("bhqp,hpk->bhqk", by_distance, table.distances), R),
+        position=split_rows(times_table(by_distance, table.distances), R),
         keys=jnp.einsum("bhqw,bhqk->bhwk", flatten_rows(columns), flatten_rows(rows.content)),
         values=values,
         means=means,
-        distances=jnp.einsum("bhqp,bhqk->hpk", by_distance, flatten_rows(rows.position)),
+        distances=table_moves(by_distance, flatten_rows(rows.position)),
     )
 
 
@@ -212,6 +225,30 @@ def split_rows(rows: Float[Array, "B H Q X"], n_heads: int) -> Float[Array, "B H
     return rows.reshape(B, H, n_heads, Q // n_heads, width)
 
 
+def times_table(
+    rows: Float[Array, "B H Q X"], table: Float[Array, "H X Y"]
+) -> Float[Array, "B H Q Y"]:
+    """Rows times a matrix that is the same for the whole batch.
+
+    With one head a product of two plain matrices: XLA's CPU compiler makes the transpose of a
+    block's scores otherwise, and copies it back (5% of a layer of `small`).
+    """
+    B, H, Q, X = rows.shape
+    if H == 1:
+        return (rows.reshape(B * Q, X) @ table[0]).reshape(B, 1, Q, -1)
+    return jnp.einsum("bhqx,hxy->bhqy", rows, table)
+
+
+def table_moves(
+    moves: Float[Array, "B H Q Y"], rows: Float[Array, "B H Q X"]
+) -> Float[Array, "H Y X"]:
+    """The gradient of such a matrix, transposed, from that of the products."""
+    B, H, Q, X = rows.shape
+    if H == 1:
+        return (moves.reshape(B * Q, -1).T @ rows.reshape(B * Q, X))[None]
+    return jnp.einsum("bhqy,bhqx->hyx", moves, rows)
+
+
 def weighted_sum(
     weights: Float[Array, "B H Q W"], values: Float[Array, "B H W V"], dtype: jnp.dtype
 ) -> Float[Array, "B H Q V"]:
@@ -219,17 +256,20 @@ def weighted_sum(
     return jnp.einsum("bhqw,bhwv->bhqv", weights, values, preferred_element_type=dtype)
 
 
-def skew(scores: Float[Array, "B H R L P"]) -> Float[Array, "B H R L W"]:
-    """Moves row i right by i, zeros around it: from distance M - c in column c to the buffer's
-    columns, W = M + L of them (Dai et al. 2019, appendix B, the other way round)."""
+def skew(scores: Float[Array, "B H R L P"], n_columns: int) -> Float[Array, "B H R L W"]:
+    """Moves row i right by W - M - L + i, zeros around it: from distance M - c in column c to the
+    columns of a buffer, the last L of which are the rows' own tokens (Dai et al. 2019, appendix B,
+    the other way round)."""
     *lead, L, P = scores.shape
-    W = P - 1 + L
-    padded = jnp.pad(scores, [(0, 0)] * (len(lead) + 1) + [(0, W + 1 - P)])
+    W = n_columns
+    before = W - (P - 1) - L
+    padded = jnp.pad(scores, [(0, 0)] * (len(lead) + 1) + [(before, W + 1 - P - before)])
     return padded.reshape(*lead, L * (W + 1))[..., : L * W].reshape(*lead, L, W)
 
 
 def unskew(scores: Float[Array, "B H R L W"], n_distances: int) -> Float[Array, "B H R L P"]:
-    """Moves row i left by i and keeps P columns."""
+    """Moves row i left by W - M - L + i and keeps P columns."""
     *lead, L, W = scores.shape
+    before = W - (n_distances - 1) - L
     padded = jnp.pad(scores.reshape(*lead, L * W), [(0, 0)] * len(lead) + [(0, L)])
-    return padded.reshape(*lead, L, W + 1)[..., :n_distances]
+    return padded.reshape(*lead, L, W + 1)[..., before : before + n_distances]

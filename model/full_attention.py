@@ -27,9 +27,13 @@ from model.block_softmax import (
     Table,
     column_scores,
     flatten_rows,
+    mix,
+    mix_transposed,
     row_max,
     same_document,
     split_rows,
+    table_moves,
+    times_table,
     unskew,
     weighted_sum,
 )
@@ -63,25 +67,59 @@ def attend_full(
 def attend_full_dense(
     tokens: Projections, scoring: Scoring, cache: LayerCache, length: Int[Array, ""]
 ) -> tuple[Float[Array, "B H R T V"], LayerCache]:
-    """The same with all T x C scores in memory, and automatic differentiation: the plain way."""
+    """The same with all T x C scores at once: the plain way, the softmax of a whole matrix, whose
+    masked half is computed as well.
+
+    Its gradient is written by hand, so that three such matrices are alive in float32, not six.
+    """
     cache = _remember(tokens, cache, length)
-    window, T = scoring.window, tokens.keys.shape[2]
-    position = jnp.arange(cache.keys.shape[2])
-    distance = length + jnp.arange(T)[:, None] - position
-    content = tokens.queries + scoring.content_bias[:, :, None]
-    scores = jnp.einsum("bhrik,bhjk->bhrij", content, cache.keys)
-    by_distance = jnp.einsum(
-        "bhrik,hpk->bhrip", tokens.queries + scoring.position_bias[:, :, None], scoring.distances
+    M, T, C = scoring.window, tokens.keys.shape[2], cache.keys.shape[2]
+    padding = max(C, M + T)
+
+    def ending_here(array: Array | None, axis: int) -> Array | None:
+        """The columns to the last token, after as many empty ones as are needed."""
+        if array is None:
+            return None
+        widths = [(padding if n == axis else 0, 0) for n in range(array.ndim)]
+        padded = jnp.pad(array, widths)
+        return lax.dynamic_slice_in_dim(padded, length + T, padding, axis)
+
+    buffer = Columns(
+        ending_here(cache.keys, 2),  # pyright: ignore[reportArgumentType]
+        ending_here(cache.values, 2),  # pyright: ignore[reportArgumentType]
+        None,
+        ending_here(cache.documents, 1),
     )
-    near = by_distance[..., jnp.arange(T)[:, None], jnp.clip(distance, 0, window)]
-    attended = distance >= 0
-    if tokens.documents is not None and cache.documents is not None:
-        same = tokens.documents[:, :, None] == cache.documents[:, None, :]
-        attended = attended & same[:, None, None]
-    scores = jnp.where(attended, scores + jnp.where(distance <= window, near, 0), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(cache.values.dtype)
-    values = jnp.einsum("bhrij,bhjv->bhriv", weights, cache.values)
+    rows, table = rows_of(tokens, scoring), table_of(scoring)
+    values = cast(Array, _dense(rows, buffer, table, length))
     return values, jax.tree.map(lax.stop_gradient, cache)
+
+
+@jax.custom_vjp
+def _dense(
+    rows: Rows, buffer: Columns, table: Table, length: Int[Array, ""]
+) -> Float[Array, "B H R T V"]:
+    return _dense_forward(rows, buffer, table, length)[0]
+
+
+def _dense_forward(rows, buffer, table, length):
+    mixture = mix(rows, buffer, None, table, length, whole_buffer=True)
+    values = split_rows(mixture.values, rows.content.shape[2])
+    return values, (rows, buffer, table, mixture)
+
+
+def _dense_backward(residuals, cotangent):
+    rows, buffer, table, mixture = residuals
+    moves = mix_transposed(rows, buffer, None, table, mixture, cotangent, False)
+    return (
+        Rows(moves.content, moves.position, None),
+        Columns(moves.keys, moves.values, None, None),
+        Table(None, moves.distances),
+        None,
+    )
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
 
 
 def _remember(tokens: Projections, cache: LayerCache, length: Int[Array, ""]) -> LayerCache:
@@ -194,8 +232,8 @@ def _full_backward(block_length, residuals, cotangent):
         content_moves, key_moves, value_moves = lax.fori_loop(
             0, n_far, far, (content_moves, key_moves, value_moves)
         )
-        position_moves = jnp.einsum("bhqp,hpk->bhqk", by_distance, table.distances)
-        distance_moves += jnp.einsum("bhqp,bhqk->hpk", by_distance, flatten_rows(rows.position))
+        position_moves = times_table(by_distance, table.distances)
+        distance_moves += table_moves(by_distance, flatten_rows(rows.position))
         out = (split_rows(content_moves, R), split_rows(position_moves, R))
         return (key_moves, value_moves, distance_moves), out
 

@@ -18,31 +18,20 @@ variable "authorized_networks" {
   type        = map(string)
 }
 
-variable "cpu_nodes" {
-  description = "Most spot nodes for CPU workers and for preparing corpora; 0: no such pool."
-  type        = number
-  default     = 4
-}
-
-variable "gpu_pools" {
-  description = "Pools of GPU nodes, by name. Each is spot and grows from 0."
+variable "pools" {
+  description = "What computes, by name: pools of spot nodes that grow from 0. CPU nodes are for CPU workers and for preparing corpora; a pool of TPUs is one slice, there or not there as a whole."
   type = map(object({
-    machine_type = string # g2-standard-8, a3-highgpu-8g, ...
-    accelerator  = string # nvidia-l4, nvidia-h100-80gb, ...
-    per_node     = number
-    most_nodes   = number
+    machine_type = string           # n2-standard-16, a3-highgpu-8g, ct5lp-hightpu-4t, ct6e-standard-4t, ...
+    most_nodes   = number           # of a slice: chips of the topology / chips of the machine type
+    topology     = optional(string) # of a TPU slice, as cluster.topology of the recipe
+    gpu = optional(object({
+      type     = string # nvidia-l4, nvidia-h100-80gb, ...
+      per_node = number
+    }))
   }))
-  default = {}
-}
-
-variable "tpu_pools" {
-  description = "Pools of TPU slices, by name: each is one slice, spot, there or not there as a whole."
-  type = map(object({
-    machine_type = string # ct5lp-hightpu-4t, ct6e-standard-4t, ct4p-hightpu-4t, ct5p-hightpu-4t
-    topology     = string # as cluster.topology of the recipe
-    hosts        = number # chips of the topology / chips of the machine type
-  }))
-  default = {}
+  default = {
+    cpu = { machine_type = "n2-standard-16", most_nodes = 4 }
+  }
 }
 
 variable "keep_scratch_days" {

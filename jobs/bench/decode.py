@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jobs import recipe as recipes
 from jobs.bench.forms import describe_model, machine, numbers_of_tokens
 from jobs.bench.measurement import Spread
+from jobs.compiler_options import compiler_options
 from jobs.console import Console
 from jobs.errors import UserError
 from model.config import ModelConfig, validate
@@ -205,7 +206,11 @@ def _compiled(model: ModelConfig, batch_size: int, n_tokens: int, capacity: int)
     logits = jnp.zeros((batch_size, model.vocab_size), network.params["embedding"]["bias"].dtype)
     abstract = jax.eval_shape(lambda: initial_cache(model, batch_size, capacity))
     began = time.perf_counter()
-    executable = jax.jit(run).lower(*network, argument(abstract)).compile()
+    executable = (
+        jax.jit(run, compiler_options=compiler_options())
+        .lower(*network, argument(abstract))
+        .compile()
+    )
     taken = time.perf_counter() - began
     return _Compiled(lambda cache: executable(*network, argument(cache)), taken)
 

@@ -73,7 +73,7 @@ def verify_command(
     if update is not None:
         manifests, damages = [manifest_of(run, update)], []
     problems = [str(damage) for damage in damages]
-    spoiled = []
+    spoiled, refused = [], []
     if not manifests and not problems:
         raise UserError(f"run {run.name}: has no checkpoint to verify")
     whole = []
@@ -83,15 +83,19 @@ def verify_command(
         except DamagedCheckpointError as damage:
             problems.append(str(damage))
             spoiled.append(checkpoint_store(run, manifest.update).location)
+        except UserError as error:
+            refused.append(str(error))
         else:
             whole.append(manifest.update)
             console.line(f"update {manifest.update:,}: whole, {len(manifest.leaves)} leaves")
     if as_json:
-        console.json({"whole": whole, "damaged": problems})
+        console.json({"whole": whole, "damaged": problems + refused})
+    if refused and not problems:
+        raise UserError("; ".join(refused))
     if problems:
         raise UserError(
-            f"run {run.name}: {len(problems)} damaged: {'; '.join(problems)}; training skips what"
-            " is damaged; remove "
+            f"run {run.name}: {len(problems)} damaged: {'; '.join(problems + refused)}; training"
+            " skips what is damaged; remove "
             + " and ".join(
                 [f"the folder {folder}" for folder in spoiled]
                 + ["what has no sound manifest with `tvq checkpoints prune`"] * bool(damages)

@@ -1,5 +1,9 @@
 """`training.init_from`: a new run that begins with another's parameters and codebooks.
 
+Codebooks are taken where both models attend as many codewords. Else they begin anew, so that a
+model of unquantised keys can become one of quantised keys (with `model.kmeans_iterations`, from
+what its keys are), or one of more codes.
+
 The driver settles which they are before the run is claimed and notes it in `run.json` (`Origin`);
 the workers read them, compare every array's sum with that note, and begin with new optimizer
 state, at update 0. Once the run has a checkpoint of its own, the source is not needed any more.
@@ -17,6 +21,8 @@ from jobs.recipe import Recipe
 from jobs.runs.run_directory import Origin, RunDirectory
 from model.config import ModelConfig
 from pipeline.storage import Location, is_url, open_store
+
+_CODEBOOKS = ".codebooks"
 
 
 def settle(recipe: Recipe, stored: Recipe | None, root: Location) -> Recipe:
@@ -57,6 +63,8 @@ def look_up(recipe: Recipe, root: Location) -> tuple[Recipe, Origin | None]:
         theirs = recipes.from_yaml(manifest.recipe, f"the recipe of {place}")
         origin = Origin(place, record.run_key, manifest.update, network_sums(manifest.sums))
         settled = _with_source(recipe, f"{place}@{manifest.update}")
+    if not _codebooks_fit(theirs.model, recipe.model):
+        origin = dataclasses.replace(origin, sums=_without_codebooks(origin.sums))
     pairs = zip(shaping(theirs.model).items(), shaping(recipe.model).values(), strict=True)
     differences = [
         f"model.{name}: {there} there, {here} here"
@@ -71,11 +79,19 @@ def look_up(recipe: Recipe, root: Location) -> tuple[Recipe, Origin | None]:
     return settled, origin
 
 
+def _codebooks_fit(theirs: ModelConfig, ours: ModelConfig) -> bool:
+    return theirs.quantized_keys and ours.quantized_keys and theirs.n_codes == ours.n_codes
+
+
+def _without_codebooks(sums: dict[str, int]) -> dict[str, int]:
+    return {name: value for name, value in sums.items() if not name.startswith(_CODEBOOKS)}
+
+
 def shaping(model: ModelConfig) -> dict[str, Any]:
-    """What decides which parameters and codebooks there are and their shapes, by field."""
+    """What decides which parameters there are and their shapes, by field."""
     fields = (
         "vocab_size", "n_layers", "d_model", "d_feed_forward", "n_heads", "d_key", "d_value",
-        "quantized_keys", "n_codes", "absolute_positions", "tied_embeddings", "output_norm",
+        "absolute_positions", "tied_embeddings", "output_norm",
     )  # fmt: skip
     return {
         **{name: getattr(model, name) for name in fields},
@@ -84,8 +100,9 @@ def shaping(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def first_state(run: RunDirectory, recipe: Recipe, abstract: Any) -> Any:
-    """The state at update 0 of a run that has an origin; called by every host.
+def first_state(run: RunDirectory, recipe: Recipe, abstract: Any) -> tuple[Any, bool]:
+    """The state at update 0 of a run that has an origin, and whether its codebooks are taken from
+    there; called by every host.
 
     Args:
         run: the run that begins.
@@ -106,7 +123,9 @@ def first_state(run: RunDirectory, recipe: Recipe, abstract: Any) -> Any:
         if record is None or record.origin is None:
             raise UserError(f"run {run.name}: run.json does not say what training.init_from is")
         origin = record.origin
-    network = _network(origin, abstract)
+    taken = any(name.startswith(_CODEBOOKS) for name in origin.sums)
+    wanted = Network(abstract.params, abstract.codebooks if taken else None)
+    network = _network(origin, wanted)
     sums = jax.device_get(jitted_leaf_sums(network))
     for name in sorted(sums.keys() | origin.sums.keys()):
         if name not in sums or int(sums[name]) != origin.sums.get(name):
@@ -118,12 +137,11 @@ def first_state(run: RunDirectory, recipe: Recipe, abstract: Any) -> Any:
     def begin(network: Network) -> Any:  # the initial values that are replaced are never made
         state = initial_state(recipe.model, recipe.optimizer, recipe.training.seed)
         optimizer = make_optimizer(recipe.optimizer).init(network.params)
-        return state._replace(
-            params=network.params, codebooks=network.codebooks, optimizer=optimizer
-        )
+        codebooks = network.codebooks if taken else state.codebooks
+        return state._replace(params=network.params, codebooks=codebooks, optimizer=optimizer)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(begin, out_shardings=shardings)(network)
+    return jax.jit(begin, out_shardings=shardings)(network), taken
 
 
 class Network(NamedTuple):
@@ -131,21 +149,21 @@ class Network(NamedTuple):
 
     params: Any
     codebooks: Any
+    """None: they are not taken."""
 
 
-def _network(origin: Origin, abstract: Any) -> Network:
+def _network(origin: Origin, wanted: Network) -> Network:
+    """What is wanted, by its shapes and shardings, of the origin."""
     import jax
 
     from jobs.checkpoints.restore import failing_together, restore_by_recipe
 
     if is_exported_file(origin.place):
-        wanted = Network(abstract.params, abstract.codebooks)
         with failing_together(origin.place):
             arrays, _ = read_exported(origin.place)
             by_name = named_leaves(wanted)
-            if {name: (a.shape, a.dtype) for name, a in arrays.items()} != {
-                name: (leaf.shape, leaf.dtype) for name, leaf in by_name.items()
-            }:
+            found = {name: (a.shape, a.dtype) for name, a in arrays.items() if name in by_name}
+            if found != {name: (leaf.shape, leaf.dtype) for name, leaf in by_name.items()}:
                 raise UserError(f"training.init_from: {origin.place} holds other arrays by now")
         placed = [
             jax.make_array_from_callback(leaf.shape, leaf.sharding, arrays[name].__getitem__)
@@ -155,10 +173,10 @@ def _network(origin: Origin, abstract: Any) -> Network:
     with failing_together(origin.place):
         source, manifest = _source(origin.place, origin.update)
     try:
-        state = restore_by_recipe(source, manifest, jax.tree.leaves(abstract)[0].sharding.mesh)
+        state = restore_by_recipe(source, manifest, jax.tree.leaves(wanted)[0].sharding.mesh)
     except DamagedCheckpointError as damage:
         raise UserError(f"training.init_from: {damage}; begin another run from another") from None
-    return Network(state.params, state.codebooks)
+    return Network(state.params, None if wanted.codebooks is None else state.codebooks)
 
 
 def _source(place: str, update: int | None) -> tuple[RunDirectory, CheckpointManifest]:

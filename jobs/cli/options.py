@@ -1,9 +1,12 @@
 """What several commands of `tvq` share: options, and the console they print to."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from jobs.errors import UserError
 
 if TYPE_CHECKING:
     from jobs.console import Console
@@ -40,6 +43,25 @@ def root_option(command: Any) -> Any:
         envvar="TVQ_ROOT",
         help=ROOT_HELP,
     )(command)
+
+
+class Dashboard(click.ParamType):
+    """The URL of a Ray cluster's dashboard."""
+
+    name = "url"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        if "@" in value:
+            raise UserError(
+                "--address: holds a user or password, which would be shown; Ray takes a token from"
+                " RAY_AUTH_TOKEN_PATH"
+            )
+        if not re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d{1,5})?(/.*)?", value):
+            raise UserError(
+                f"--address {value}: expected the URL of a Ray cluster's dashboard, such as"
+                " http://127.0.0.1:8265"
+            )
+        return value.rstrip("/")
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

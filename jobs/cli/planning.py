@@ -11,7 +11,7 @@ from jobs.cli.options import console, json_option
     epilog="""\b
 Examples:
   tvq plan enwik8 --on v5e:2x4
-  tvq plan pg19 cluster.fsdp=32 cluster.tensor=2 --on v5e:8x8 --json
+  tvq plan pg19 cluster.tensor=2 --on v5e:8x8 --json
   tvq plan imagenet64 --on v5e:4x4,v6e:4x4,h100:8 --figure plan.png
   tvq plan pg19 --attention 8192,32768,131072 --on v5e:1x1
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.cli.options import OrderedGroup, Root, console, json_option, root_option
+from jobs.cli.options import Dashboard, OrderedGroup, Root, console, json_option, root_option
 from jobs.cli.submission import request_options
 from jobs.errors import UserError
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 address_option = click.option(
     "--address",
+    type=Dashboard(),
     metavar="URL",
     help="Run the flows as jobs of the Ray cluster with this dashboard; default: processes here.",
 )

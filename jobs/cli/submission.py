@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from jobs.cli.options import OrderedGroup, Root, console, json_option, root_option
+from jobs.cli.options import Dashboard, OrderedGroup, Root, console, json_option, root_option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -15,6 +15,7 @@ address_option = click.option(
     "--address",
     envvar="TVQ_RAY_JOBS",
     required=True,
+    type=Dashboard(),
     metavar="URL",
     help="Of the cluster's dashboard, http://HOST:8265 (or set TVQ_RAY_JOBS).",
 )

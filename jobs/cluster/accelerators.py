@@ -3,12 +3,14 @@
 Needs neither Ray nor JAX. A recipe is checked with it before anything starts.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs.cluster.tpu_slices import Slice, ray_name, tpu_slice
 from jobs.errors import UserError
+from jobs.training.host_memory import ONE_ARENA
 from model.config import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ def environment(cluster: "ClusterConfig", ours: Mapping[str, str] = os.environ) 
         "OMP_NUM_THREADS": threads,
         "JAX_PLATFORMS": _PLATFORMS[cluster.accelerator],
     }
+    if cluster.accelerator == "cpu":
+        variables |= ONE_ARENA
     # What the driver was given goes for the workers of a running cluster too.
     return variables | {name: ours[name] for name in _HANDED_ON if ours.get(name)}
 
@@ -223,15 +227,28 @@ def check(cluster: "ClusterConfig") -> None:
     if not isinstance(cluster.workers, int):
         _check_elastic(cluster, local * hosts)
         return
-    devices = cluster.workers * local
-    axes = cluster.fsdp * cluster.tensor * max(cluster.data, 1)
-    if devices % axes or (cluster.data > 0 and axes != devices):
-        brings = "one device" if local == 1 else f"{local} devices"
+    brings = "one device" if local == 1 else f"{local} devices"
+    mesh_axes(cluster, cluster.workers * local, f"cluster.workers: each brings {brings}")
+
+
+def mesh_axes(cluster: "ClusterConfig", devices: int, why: str) -> dict[str, int]:
+    """Devices along each axis of a mesh of all of them.
+
+    `why` begins the message: what says how many there are. Raises ConfigError if the axes do not
+    make so many.
+    """
+    axes = {"data": cluster.data, "fsdp": cluster.fsdp, "tensor": cluster.tensor}
+    left = [name for name, size in axes.items() if size == -1]
+    rest = math.prod(size for size in axes.values() if size != -1)
+    if len(left) == 1 and rest > 0:
+        axes[left[0]] = devices // rest
+    if min(axes.values()) < 1 or math.prod(axes.values()) != devices:
         raise ConfigError(
-            f"cluster.workers: each brings {brings}, and data x fsdp x tensor ="
+            f"{why}, and data x fsdp x tensor ="
             f" {cluster.data} x {cluster.fsdp} x {cluster.tensor} does not make {devices};"
-            " set cluster.data=-1 for what is left, or other axes"
+            " set one of cluster.data and cluster.fsdp to -1 for what is left, or other axes"
         )
+    return axes
 
 
 def _check_elastic(cluster: "ClusterConfig", step: int) -> None:
@@ -239,10 +256,10 @@ def _check_elastic(cluster: "ClusterConfig", step: int) -> None:
     least, most = cluster.least_workers, cluster.most_workers
     if least > most:
         raise ConfigError(f"cluster.workers: [least, most], got [{least}, {most}]")
-    if cluster.data != -1:
+    if cluster.data != -1 or cluster.fsdp < 1 or cluster.tensor < 1:
         raise ConfigError(
-            f"cluster.data: must be -1 with cluster.workers=[{least}, {most}], whose devices it"
-            f" takes up, got {cluster.data}"
+            f"cluster.data: it alone must be -1 with cluster.workers=[{least}, {most}], whose"
+            f" devices it takes up, got {cluster.data} x {cluster.fsdp} x {cluster.tensor}"
         )
     if step % (cluster.fsdp * cluster.tensor):
         raise ConfigError(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 
 from jobs.checkpoints.manifest import complete_checkpoints
+from jobs.metric_names import TOKENS_PER_SECOND, TRAIN_LOSS
 from jobs.runs.metric_spool import segments
 from jobs.runs.run_directory import RunDirectory
 from pipeline.errors import CorpusError
@@ -32,8 +33,8 @@ GAUGES = {
 
 _RECORDED = {
     "tvq_progress_update": "update",
-    "tvq_tokens_per_second": "perf/tokens_per_second",
-    "tvq_loss_nats_per_token": "train/loss_nats_per_token",
+    "tvq_tokens_per_second": TOKENS_PER_SECOND,
+    "tvq_loss_nats_per_token": TRAIN_LOSS,
     "tvq_skipped_updates": "train/skipped_updates",
     "tvq_dead_codes": "codebook/dead_codes",
     "tvq_collapsed_layers": "codebook/collapsed_layers",

@@ -9,13 +9,14 @@ from typing import Any, Literal, NamedTuple
 from jobs.comparison.seed_groups import SEED, Group, finite, group_by_recipe, is_finite
 from jobs.comparison.seed_spread import SeedVerdict, seed_verdicts
 from jobs.errors import UserError
-from jobs.tracking.delivery import TOKENS_METRIC
+from jobs.metric_names import (
+    EVAL_BITS,
+    EVAL_LOSS,
+    TOKENS_PER_SECOND,
+    TRAIN_LOSS,
+    TRAIN_TOKENS,
+)
 from jobs.tracking.reading import RunSummary, history, points, run
-
-TRAIN_LOSS = "train/loss_nats_per_token"
-EVAL_LOSS = "eval/loss_nats_per_token"
-EVAL_BITS = "eval/bits_per_byte"
-RATE = "perf/tokens_per_second"
 
 By = Literal["step", "tokens", "hours"]
 """What curves are drawn over."""
@@ -237,7 +238,11 @@ def _read(candidate: Candidate, by: By) -> ComparedRun:
     summary = run(candidate.uri, candidate.run_id)
     curves = _curves(candidate, summary, by)
     losses = [point.value for point in curves[TRAIN_LOSS]]
-    rates = history(candidate.uri, candidate.run_id, RATE) if RATE in summary.metrics else []
+    rates = (
+        history(candidate.uri, candidate.run_id, TOKENS_PER_SECOND)
+        if TOKENS_PER_SECOND in summary.metrics
+        else []
+    )
     last = {
         name: value
         for name, value in sorted(summary.metrics.items())
@@ -255,7 +260,7 @@ def _read(candidate: Candidate, by: By) -> ComparedRun:
         parameters=summary.parameters,
         datasets=summary.datasets,
         updates=curves[TRAIN_LOSS][-1].update if losses else 0,
-        tokens=int(summary.metrics.get(TOKENS_METRIC, 0)),
+        tokens=int(summary.metrics.get(TRAIN_TOKENS, 0)),
         train_loss=statistics.fmean(losses[-max(1, len(losses) // 20) :]) if losses else math.nan,
         last=last,
         best=best,
@@ -266,8 +271,8 @@ def _read(candidate: Candidate, by: By) -> ComparedRun:
 
 def _curves(candidate: Candidate, summary: RunSummary, by: By) -> dict[str, list[CurvePoint]]:
     tokens: dict[int, float] = {}
-    if by == "tokens" and TOKENS_METRIC in summary.metrics:
-        tokens = dict(history(candidate.uri, candidate.run_id, TOKENS_METRIC))
+    if by == "tokens" and TRAIN_TOKENS in summary.metrics:
+        tokens = dict(history(candidate.uri, candidate.run_id, TRAIN_TOKENS))
     curves = {}
     for name in (TRAIN_LOSS, EVAL_LOSS, EVAL_BITS):
         found = []

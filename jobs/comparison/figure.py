@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jobs.comparison.differences import EVAL_BITS, EVAL_LOSS, TRAIN_LOSS, Comparison, CurvePoint
+from jobs.comparison.differences import Comparison, CurvePoint
 from jobs.comparison.seed_groups import SEED, is_finite
 from jobs.figure_style import STYLE, running_mean
+from jobs.metric_names import EVAL_BITS, EVAL_LOSS, TRAIN_LOSS
 from jobs.palette import PALETTE
 from pipeline.storage import LocalStore
 

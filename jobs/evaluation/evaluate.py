@@ -362,9 +362,13 @@ def _track(
         values[f"{name}/bits_per_byte_low"], values[f"{name}/bits_per_byte_high"] = low_high
     if len(figures.corpora) > 1:
         values |= {f"{name}/{corpus}/bits_per_byte": b for corpus, b in figures.corpora.items()}
+    measured_on = None
+    if len(figures.corpora) == 1:  # MLflow takes one, so those of a mixture are not named
+        [corpus] = figures.corpora
+        measured_on = f"{corpus}-{figures.split}", figures.fingerprint
     try:
         uri = store_of_run(run).uri
-        add_to_run(uri, record.mlflow_run_id, values, figures.update)
+        add_to_run(uri, record.mlflow_run_id, values, figures.update, measured_on)
         picture = positions_png(
             figures.positions, f"{run.name}, {name} split, update {figures.update:,}"
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from jobs.compiler_options import compiler_options
 from jobs.console import Console
 from jobs.errors import UserError
 from jobs.evaluation.pictures import save_pictures
@@ -147,9 +148,10 @@ def continuations(
 
     from model.sampling import decode, prefill, take_prompts
 
-    read = jax.jit(prefill, static_argnames=("model", "capacity"))
+    options = compiler_options()
+    read = jax.jit(prefill, static_argnames=("model", "capacity"), compiler_options=options)
     take = jax.jit(take_prompts)
-    go_on = jax.jit(decode, static_argnames=("model", "n_tokens"))
+    go_on = jax.jit(decode, static_argnames=("model", "n_tokens"), compiler_options=options)
     model = trained.recipe.model
     written = np.empty((len(prompts), n_tokens), np.int32)
     by_length = defaultdict(list)

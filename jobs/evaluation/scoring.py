@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from jobs.compiler_options import compiler_options
 from jobs.evaluation.trained_model import TrainedModel
 from model.config import ModelConfig
 from pipeline.evaluation_rows import Spans, pieces
@@ -79,7 +80,11 @@ def _compiled(model: ModelConfig) -> Any:
 
     from model.scoring import token_scores
 
-    return jax.jit(functools.partial(token_scores, model), donate_argnames="cache")
+    return jax.jit(
+        functools.partial(token_scores, model),
+        donate_argnames="cache",
+        compiler_options=compiler_options(),
+    )
 
 
 class Scorer:

@@ -9,21 +9,25 @@
 `prepare` and `train` are what a user would type after `tvq prepare` and `tvq train`.
 """
 
+import contextlib
 import dataclasses
 import os
+import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jobs import recipe as recipes
 from jobs.errors import UserError
+from jobs.metric_names import DECIDING, EVAL_BITS
 from jobs.recipe import Recipe
 from jobs.recipe_yaml import dump_yaml, nearest, parse_sections, refuse_credentials
 from pipeline.storage import is_url, open_store
 
 BeginFrom = Literal["scratch", "champion"]
-_METRICS = ("eval/bits_per_byte", "eval/loss_nats_per_token")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Flow:
     """The recipe, and overrides."""
     begin_from: BeginFrom = "scratch"
     """scratch: every training begins with random parameters. champion: with the champion's."""
-    metric: str = _METRICS[0]
+    metric: str = EVAL_BITS
     """Of the validation split; lower is better."""
     min_delta: float = 0.0
     """By so much the champion must be beaten, at the least."""
@@ -121,8 +125,18 @@ def load_flow(location: str | Path) -> Flow:
     """
     where = f"flow {location}"
     flow = _flow(read_tree(location, where), Path(location).stem, where)
-    flow.recipe()  # refuses what is wrong with it now and not at two in the night
+    with named(where):
+        flow.recipe()  # refuses what is wrong with it now and not at two in the night
     return flow
+
+
+@contextlib.contextmanager
+def named(where: str) -> Iterator[None]:
+    """What is wrong with the recipe that a file names is said of the file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}", error.code) from None
 
 
 def read_tree(location: str | Path, where: str) -> dict[str, Any]:
@@ -149,25 +163,33 @@ def _flow(tree: dict[str, Any], stem: str, where: str) -> Flow:
     begin_from = tree.get("begin_from", "scratch")
     if begin_from not in get_args(BeginFrom):
         raise UserError(f"{where}: begin_from: expected scratch or champion, got {begin_from!r}")
-    metric, min_delta = promote.get("metric", _METRICS[0]), promote.get("min_delta", 0.0)
-    if metric not in _METRICS:
+    metric, min_delta = promote.get("metric", EVAL_BITS), promote.get("min_delta", 0.0)
+    if metric not in DECIDING:
         raise UserError(
-            f"{where}: promote.metric: expected {' or '.join(_METRICS)}, got {metric!r}; the test"
+            f"{where}: promote.metric: expected {' or '.join(DECIDING)}, got {metric!r}; the test"
             " split never decides"
         )
     if isinstance(min_delta, bool) or not isinstance(min_delta, int | float) or min_delta < 0:
         raise UserError(f"{where}: promote.min_delta: expected 0 or more, got {min_delta!r}")
-    name = tree.get("name", stem)
-    if not isinstance(name, str):
-        raise UserError(f"{where}: name: expected a text, got {name!r}")
     return Flow(
-        name=name,
+        name=name_of(tree, stem, where),
         prepare=words(tree, "prepare", where),
         train=words(tree, "train", where),
         begin_from=begin_from,
         metric=metric,
         min_delta=float(min_delta),
     )
+
+
+def name_of(tree: dict[str, Any], stem: str, where: str) -> str:
+    """The file's `name`, by default the file's own: folders, jobs and runs are called after it."""
+    name = tree.get("name", stem)
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(
+            f"{where}: name: expected letters, digits, '.', '_', '-', beginning with a letter or"
+            f" digit, at most 63, got {name!r}"
+        )
+    return name
 
 
 def words(tree: dict[str, Any], field: str, where: str) -> tuple[str, ...]:

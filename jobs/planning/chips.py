@@ -37,14 +37,20 @@ class Chip(NamedTuple):
 
 CHIPS: Mapping[str, Chip] = MappingProxyType(
     {
-        # Memory: what libtpu 0.0.42 hands out where the compiler has said it (v5e: "of 15.75G
-        # hbm"), else the maker's figure. Network: half of the two-way figure that Google gives.
-        "v4": Chip("TPU v4", 32 * GIB, 275e12, 1228e9, 300e9, "Cloud TPU documentation, v4"),
+        # Memory: what libtpu 0.0.42 hands out, as it says it of a program that is too large
+        # ("exceeds available HBM (30.75G)"). Network: half of the two-way figure that Google gives.
+        "v4": Chip(
+            "TPU v4", int(30.75 * GIB), 275e12, 1228e9, 300e9, "Cloud TPU documentation, v4"
+        ),
         "v5e": Chip(
             "TPU v5e", int(15.75 * GIB), 197e12, 819e9, 200e9, "Cloud TPU documentation, v5e"
         ),
-        "v5p": Chip("TPU v5p", 95 * GIB, 459e12, 2765e9, 600e9, "Cloud TPU documentation, v5p"),
-        "v6e": Chip("TPU v6e", 32 * GIB, 918e12, 1638e9, 400e9, "Cloud TPU documentation, v6e"),
+        "v5p": Chip(
+            "TPU v5p", int(95.74 * GIB), 459e12, 2765e9, 600e9, "Cloud TPU documentation, v5p"
+        ),
+        "v6e": Chip(
+            "TPU v6e", int(31.25 * GIB), 918e12, 1638e9, 400e9, "Cloud TPU documentation, v6e"
+        ),
         # The SXM card: 79.6 GiB as its driver shows it, NVLink 450 GB/s each way.
         "h100": Chip("H100 80GB SXM", int(79.6 * GIB), 989e12, 3350e9, 450e9, "NVIDIA data sheet"),
     }
@@ -126,9 +132,10 @@ def cluster_overrides(target: Target) -> tuple[str, ...]:
 def devices_of(cluster: "ClusterConfig") -> str:
     """The devices that a recipe's own cluster section describes, as `--on` takes them.
 
-    Raises UserError where it does not say: which GPU it is, or a group of several slices.
+    Of a group that may shrink, those of the fewest workers, each of which holds the most. Raises
+    UserError where it does not say: which GPU it is, or a group of several slices.
     """
-    count = max(cluster.workers, 1) * devices_per_worker(cluster)
+    count = max(cluster.least_workers, 1) * devices_per_worker(cluster)
     if cluster.accelerator == "cpu":
         return f"cpu:{count}"
     if cluster.accelerator == "tpu":

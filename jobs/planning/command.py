@@ -8,8 +8,9 @@ from jobs.console import Console
 from jobs.errors import UserError
 from jobs.planning.attention import as_json as attention_json
 from jobs.planning.attention import compare_forms, print_comparison
+from jobs.planning.changes import stated
 from jobs.planning.chips import cluster_overrides, devices_of, read_target
-from jobs.planning.plan import Plan, plan, stated
+from jobs.planning.plan import Plan, plan
 from jobs.planning.report import as_json as plans_json
 from jobs.planning.report import draw, print_plans
 

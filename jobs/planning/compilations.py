@@ -26,8 +26,10 @@ from jobs.recipe import Recipe, flatten, to_yaml
 _FORMAT = 2
 _OPERATIONAL = ("training.accumulate", "cluster.data", "cluster.fsdp", "cluster.tensor")
 """Fields that make the program though they do not affect the mathematics, as all of the model's."""
-_NOT_IN_IT = ("training.seed", "training.max_skipped", "training.max_fallbacks", "data.window")
-
+_NOT_IN_IT = (
+    *("training.seed", "training.init_from", "training.max_skipped", "training.max_fallbacks"),
+    *("data.window", "data.shuffle_span"),
+)
 _OF_TRAINING_ALONE = (
     "model.remat",
     "training.accumulate",
@@ -76,7 +78,7 @@ def compile_for(
             " install it with `pip install 'tvq[plan]'`"
         )
     on = target.text if target.kind == "tpu" else f"cpu:{target.devices}"
-    paths = {name: cache_folder() / f"{_key(recipe, on, name)}.json" for name in programs}
+    paths = _paths(recipe, target, programs)
     missing = {name: str(path) for name, path in paths.items() if not path.exists()}
     if missing:
         cache_folder().mkdir(parents=True, exist_ok=True)
@@ -86,6 +88,11 @@ def compile_for(
         name: Compilation(Facts(**json.loads(path.read_bytes())), path)
         for name, path in paths.items()
     }
+
+
+def are_known(recipe: Recipe, target: Target, programs: Sequence[str]) -> bool:
+    """Whether `compile_for` would answer at once."""
+    return all(path.exists() for path in _paths(recipe, target, programs).values())
 
 
 def has_libtpu() -> bool:
@@ -98,7 +105,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TVQ_PLAN_CACHE") or "~/.cache/tvq/plans").expanduser()
 
 
-def _key(recipe: Recipe, on: str, program: str) -> str:
+def _paths(recipe: Recipe, target: Target, programs: Sequence[str]) -> dict[str, Path]:
+    folder = cache_folder()
+    return {name: folder / f"{_key(recipe, target, name)}.json" for name in programs}
+
+
+def _key(recipe: Recipe, target: Target, program: str) -> str:
+    kind = target.version if target.kind == "tpu" else "cpu"
     everything, fields = flatten(recipe), flatten(recipe, mathematical_only=True)
     fields |= {name: everything[name] for name in everything if name.startswith("model.")}
     fields |= {name: everything[name] for name in _OPERATIONAL}
@@ -107,20 +120,23 @@ def _key(recipe: Recipe, on: str, program: str) -> str:
         without += _OF_TRAINING_ALONE
     if program not in ("train", "evaluate"):
         without += _OF_THE_MESH
+        size = "one device"
+    else:
+        size = target.topology
     asked = {
         "fields": {name: value for name, value in fields.items() if name not in without},
-        "on": on,
+        "on": [kind, size],
         "program": program,
-        "versions": versions(on),
+        "versions": versions(kind),
         "sources": _sources(),
         "format": _FORMAT,
     }
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def versions(on: str) -> dict[str, str]:
-    """Of what compiles for these devices."""
-    packages = ["jax", "jaxlib", "flax", "optax"] + ([] if on.startswith("cpu:") else ["libtpu"])
+def versions(kind: str) -> dict[str, str]:
+    """Of what compiles for devices of this kind: cpu, or a TPU's."""
+    packages = ["jax", "jaxlib", "flax", "optax"] + ([] if kind == "cpu" else ["libtpu"])
     return {name: importlib.metadata.version(name) for name in packages}
 
 

@@ -50,16 +50,20 @@ class Cost(NamedTuple):
     times: dict[tuple[int, int], int]
     """(unit_flops, traffic) of an instruction to how often it is run: for a roofline of each."""
     open_loops: int
-    """Loops whose number of rounds is not in the text; they count as one round."""
+    """Loops of whose number of rounds nothing is known; they count as one round."""
 
 
-def read_costs(text: str) -> Cost:
-    """Of the text of a compiled program (`Compiled.as_text()`)."""
-    return _Program(text).cost()
+def read_costs(text: str, open_rounds: int | None = None) -> Cost:
+    """Of the text of a compiled program (`Compiled.as_text()`).
+
+    `open_rounds`: how often the loops go round whose number of rounds is not in the text.
+    """
+    return _Program(text, open_rounds).cost()
 
 
 class _Program:
-    def __init__(self, text: str):
+    def __init__(self, text: str, open_rounds: int | None):
+        self._open_rounds = open_rounds
         self._computations, self._entry = read_computations(text)
         self._flops = self._unit_flops = self._traffic = self._open_loops = 0
         self._collectives: dict[str, int] = {}
@@ -76,8 +80,10 @@ class _Program:
             opcode = instruction.opcode
             if opcode == "while":
                 trips = self._trips(instruction, table)
-                self._open_loops += trips is None
-                self._walk(called(instruction, "body"), rounds * (1 if trips is None else trips))
+                if trips is None:
+                    self._open_loops += self._open_rounds is None
+                    trips = self._open_rounds or 1
+                self._walk(called(instruction, "body"), rounds * trips)
             elif opcode == "conditional":
                 self._walk(self._heaviest(branches(instruction)), rounds)
             elif opcode == "call":

@@ -8,18 +8,18 @@ out.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.cluster.accelerators import mesh_axes
 from jobs.console import Console
-from jobs.errors import UserError
+from jobs.planning.changes import possible_changes, stated, with_changes
 from jobs.planning.chips import GIB, Chip, Target, cluster_overrides, read_target
 from jobs.planning.compilations import Compilation, compile_for
 from jobs.planning.compiled_costs import Cost, read_costs
-from jobs.planning.compiler import PROGRAMS
+from jobs.planning.compiler import DECODED, PROGRAMS
 from jobs.planning.prices import Prices, read_prices
-from jobs.recipe import Recipe, from_yaml, resolve, to_yaml
+from jobs.recipe import Recipe, resolve
 from model.counts import flops_per_token, flops_per_update
 
 ASSUMPTIONS = (
@@ -35,8 +35,6 @@ GPU_ASSUMPTION = (
     " is left out, and the memory needed is that of the CPU's program"
 )
 _CHANGES_TRIED = 3
-_FILLED = 0.9
-"""Of the memory that a change is guessed to fill at most, before the compiler is asked."""
 GPU_SHARE = 0.75
 """Of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 
@@ -186,7 +184,7 @@ def plan(
     made = _plan(recipe, target, costs, PROGRAMS, limit_seconds, console)
     if made.fits or not find_changes:
         return made
-    for tried, changes in enumerate(_changes(recipe, made)):
+    for tried, changes in enumerate(possible_changes(recipe, made)):
         if tried == _CHANGES_TRIED:
             break
         console.line(f"{on}: does not fit; trying {stated(changes)}")
@@ -219,11 +217,14 @@ def _plan(
     padded = -recipe.training.batch_size % rows_along
     tokens = recipe.training.batch_size * recipe.data.sequence_length
     train = compiled["train"]
+    # Of writing, the text does not say that it ends after so many tokens, or with the last row.
     cost = {
-        name: read_costs(each.text()) for name, each in compiled.items() if not each.facts.error
+        name: read_costs(each.text(), DECODED if name == "decode" else None)
+        for name, each in compiled.items()
+        if not each.facts.error
     }
     time = roofline(cost["train"], target) if "train" in cost else None
-    decoded = roofline(cost["decode"], target).total if "decode" in cost else None
+    decoded = roofline(cost["decode"], target).total / DECODED if "decode" in cost else None
     batches = recipe.training.steps // recipe.updates_per_batch
     passes = recipe.updates_per_batch * recipe.training.accumulate
     per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
@@ -280,16 +281,7 @@ def roofline(cost: Cost, target: Target) -> Time:
 
 
 def _mesh(recipe: Recipe, target: Target) -> dict[str, int]:
-    axes = recipe.cluster
-    rest = axes.fsdp * axes.tensor
-    data = target.devices // rest if axes.data == -1 and rest else axes.data
-    if data * rest != target.devices:
-        raise UserError(
-            f"cluster.data: data x fsdp x tensor must make the {target.devices} devices of"
-            f" {target.text}, got {axes.data} x {axes.fsdp} x {axes.tensor}; set cluster.data=-1"
-            " for what is left, or other axes"
-        )
-    return {"data": data, "fsdp": axes.fsdp, "tensor": axes.tensor}
+    return mesh_axes(recipe.cluster, target.devices, f"--on: {target.text} it is")
 
 
 def _program(name: str, compiled: Compilation, available: int) -> Program:
@@ -299,14 +291,18 @@ def _program(name: str, compiled: Compilation, available: int) -> Program:
     return Program(name, needed, fits, facts.seconds)
 
 
-_WANTED = re.compile(r"[Uu]sed ([\d.]+)([KMG])(?:i?B)? of ([\d.]+)[KMG]")
+_WANTED = re.compile(
+    r"[Uu]sed ([\d.]+)([KMG])(?:i?B)? of [\d.]+[KMG]|\(([\d.]+)([KMG])\) exceeds available HBM"
+)
 _FACTOR = {"K": 2**10, "M": 2**20, "G": GIB}
 
 
 def bytes_wanted(error: str) -> int | None:
     """What the compiler would have needed, by its own words."""
     found = _WANTED.search(error)
-    return int(float(found[1]) * _FACTOR[found[2]]) if found else None
+    if not found:
+        return None
+    return int(float(found[1] or found[3]) * _FACTOR[found[2] or found[4]])
 
 
 def _memory(compiled: Compilation) -> dict[str, int]:
@@ -334,63 +330,17 @@ def _checkpoints(recipe: Recipe) -> int:
     return min(kept.keep + kept.keep_best + every, max(1, recipe.training.steps // kept.every))
 
 
-# ---- What to change where it does not fit --------------------------------------------------------
-
-
-def _changes(recipe: Recipe, made: Plan) -> Iterator[dict[str, Any]]:
-    """Changes that might make it fit, the least first: of operational fields alone, so that the
-    training stays the same run."""
-    parts, available = made.memory, made.memory_available
-    state = sum(parts.get(name, 0) for name in ("parameters", "optimizer", "gradients"))
-    changes: dict[str, Any] = {}
-    spread = made.target.devices // recipe.cluster.tensor
-    if state > available / 3 and recipe.cluster.fsdp < spread:
-        changes["cluster.fsdp"] = spread
-        if recipe.cluster.data != -1:
-            changes["cluster.data"] = -1
-        state = state * recipe.cluster.fsdp // spread
-        yield dict(changes)
-    if not recipe.model.remat:
-        changes["model.remat"] = True
-        yield dict(changes)
-    needed = next(program.needed for program in made.programs if program.name == "train")
-    whole = sum(parts.get(name, 0) for name in ("parameters", "optimizer", "gradients"))
-    by_rows = max(1, (needed or 2 * available) - whole)
-    rows, now = made.rows_per_device, recipe.training.accumulate
-    for accumulate in range(now + 1, rows + 1):
-        if rows % accumulate or recipe.training.batch_size % accumulate:
-            continue
-        if state + by_rows * now / accumulate <= _FILLED * available or accumulate == rows:
-            yield {**changes, "training.accumulate": accumulate}
-
-
 def on_target(recipe: Recipe, target: Target) -> Recipe:
     """The recipe with the devices of the target in its cluster section, and its mesh.
 
-    Raises UserError where the mesh is not that of so many devices.
+    Raises ConfigError where the mesh is not that of so many devices.
     """
-    _mesh(recipe, target)
+    axes = _mesh(recipe, target)
     stated = dict(line.removeprefix("cluster.").split("=") for line in cluster_overrides(target))
-    values = {
+    values: dict[str, Any] = {
         name: None if text == "null" else int(text) if text.isdigit() else text
         for name, text in stated.items()
     }
+    if recipe.cluster.fsdp == -1:
+        values |= axes
     return dataclasses.replace(recipe, cluster=dataclasses.replace(recipe.cluster, **values))
-
-
-def with_changes(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with `section.field` values, checked as a whole."""
-    for name, value in changes.items():
-        section, _, field = name.partition(".")
-        part = dataclasses.replace(getattr(recipe, section), **{field: value})
-        recipe = dataclasses.replace(recipe, **{section: part})
-    return from_yaml(to_yaml(recipe), "the recipe with changes")
-
-
-def stated(changes: Mapping[str, Any]) -> str:
-    """As a user writes them on the command line."""
-    words = {True: "true", False: "false"}
-    return " ".join(
-        f"{name}={words[value] if isinstance(value, bool) else value}"
-        for name, value in changes.items()
-    )

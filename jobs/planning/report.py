@@ -8,8 +8,9 @@ from typing import Any
 
 from jobs.console import Console
 from jobs.palette import PALETTE
+from jobs.planning.changes import stated
 from jobs.planning.chips import GIB
-from jobs.planning.plan import Plan, stated
+from jobs.planning.plan import Plan
 from pipeline.storage import LocalStore
 
 _KINDS = {
@@ -49,7 +50,7 @@ def verdict(plans: Sequence[Plan]) -> str:
     assert found.money is not None
     return (
         f"cheapest: {found.target.text}, {found.money.devices:,.0f} {found.money.currency}"
-        f" in {_hours(found.hours)} (estimates)"
+        f" in {hours_in_words(found.hours)} (estimates)"
     )
 
 
@@ -74,7 +75,7 @@ def comparison_table(plans: Sequence[Plan]) -> tuple[list[str], list[list[str]]]
             [
                 each.target.text,
                 "yes" if each.fits else with_,
-                _memory(one.needed),
+                memory_in_words(one.needed),
                 f"{1e3 * one.time.total:,.1f}" if one.time else "-",
                 f"{one.tokens_per_second:,.0f}" if one.tokens_per_second else "-",
                 f"{one.hours:,.1f}" if one.hours else "-",
@@ -87,16 +88,15 @@ def comparison_table(plans: Sequence[Plan]) -> tuple[list[str], list[list[str]]]
 def _print_plan(name: str, plan: Plan, console: Console) -> None:
     axes = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     console.heading(f"{name} on {plan.target.text}: {plan.target.devices} {plan.target.chip.name}")
-    limit = f"of {_memory(plan.memory_available)} a device"
-    needed = _memory(plan.needed)
+    limit = f"of {memory_in_words(plan.memory_available)} a device"
+    needed = memory_in_words(plan.needed)
     if plan.fits:
         console.result(f"fits: {needed} {limit}; mesh {axes}")
     else:
         console.result(f"does not fit: needs {needed} {limit}; mesh {axes}")
         if plan.changed:
-            console.result(
-                f"fits with {_changes(plan)}: {_memory(plan.changed.needed)} {limit} (compiled)"
-            )
+            needed = memory_in_words(plan.changed.needed)
+            console.result(f"fits with {_changes(plan)}: {needed} {limit} (compiled)")
         else:
             console.result("no change of accumulation, remat or fsdp is known to make it fit")
     if plan.padded_rows:
@@ -116,14 +116,14 @@ def _print_plan(name: str, plan: Plan, console: Console) -> None:
     console.line()
     console.table(
         ["memory of a device", "size"],
-        [[label, _memory(shown.memory[kind])] for kind, label in _KINDS.items()
+        [[label, memory_in_words(shown.memory[kind])] for kind, label in _KINDS.items()
          if kind in shown.memory],
     )  # fmt: skip
     console.line()
     console.table(
         ["program", "memory of a device", "fits", "compiled in"],
         [
-            [each.name, _memory(each.needed), "yes" if each.fits else "no",
+            [each.name, memory_in_words(each.needed), "yes" if each.fits else "no",
              f"{each.seconds_to_compile:,.0f} s"]
             for each in shown.programs
         ],
@@ -162,7 +162,7 @@ def figures(plan: Plan) -> list[list[str]]:
             ["  memory*", f"{1e3 * time.memory:,.1f} ms"],
             ["  collectives*", f"{1e3 * time.network:,.1f} ms"],
             ["tokens/s*", f"{plan.tokens_per_second:,.0f}"],
-            ["whole training*", _hours(plan.hours)],
+            ["whole training*", hours_in_words(plan.hours)],
         ]
     if plan.evaluation_seconds:
         rows.append(["an evaluation batch*", f"{1e3 * plan.evaluation_seconds:,.1f} ms"])
@@ -190,11 +190,12 @@ def as_json(name: str, plans: Sequence[Plan]) -> dict[str, Any]:
     return {
         "recipe": name,
         "cheapest": found.target.text if found else None,
-        "plans": [_plan_json(each) for each in plans],
+        "plans": [plan_json(each) for each in plans],
     }
 
 
-def _plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """One of them."""
     return {
         "on": plan.target.text,
         "open_loops": plan.open_loops,
@@ -230,7 +231,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
         "checkpoint_bytes": plan.checkpoint_bytes,
         "checkpoints_kept": plan.checkpoints_kept,
         "changes": plan.changes,
-        "changed": _plan_json(plan.changed) if plan.changed else None,
+        "changed": plan_json(plan.changed) if plan.changed else None,
     }
 
 
@@ -295,8 +296,8 @@ def _devices(plan: Plan) -> int:
     return plan.target.devices
 
 
-def _memory(size: int | None) -> str:
-    """In powers of 1024, as memory is sold."""
+def memory_in_words(size: int | None) -> str:
+    """In powers of 1024, as memory is sold; None: not known."""
     if size is None:
         return "?"
     for unit, factor in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
@@ -319,7 +320,8 @@ def _bytes(size: float) -> str:
     return f"{size:,.0f} B"
 
 
-def _hours(hours: float | None) -> str:
+def hours_in_words(hours: float | None) -> str:
+    """With the days of long ones."""
     if hours is None or math.isnan(hours):
         return "-"
     return f"{hours:,.1f} hours" if hours < 48 else f"{hours:,.0f} hours ({hours / 24:,.1f} days)"

@@ -1,7 +1,5 @@
 """What MLflow is told of the versions that lie in the store."""
 
-import json
-
 from jobs.errors import UserError
 from jobs.registry.registered_model import ModelFolder, ModelVersion
 from pipeline.storage import Location
@@ -18,7 +16,6 @@ def announce(folder: ModelFolder, version: ModelVersion, uri: str) -> int:
         "tvq.identity": version.identity,
         "tvq.parameters": str(version.parameters),
         "tvq.bytes": str(version.n_bytes),
-        "tvq.leaf_sums": json.dumps(version.sums),
     }
     tags |= {f"tvq.fingerprint.{split}": text for split, text in version.fingerprints.items()}
     location = folder.version_store(version.version).location

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 from jobs.console import Console
 from jobs.errors import UserError
+from jobs.metric_names import DECIDING, EVAL_BITS
 from jobs.registry.announcement import reconcile, tracking_uri
-from jobs.registry.promotion import METRICS, Decision, Outcome, decide
+from jobs.registry.promotion import Decision, Outcome, decide
 from jobs.registry.registered_model import CHAMPION, ModelFolder, ModelVersion
 from jobs.registry.scored_version import scored
 from pipeline.storage import Location
@@ -32,7 +33,7 @@ def promote(
     name: str,
     *,
     version: int | None = None,
-    metric: str = METRICS[0],
+    metric: str = EVAL_BITS,
     min_delta: float = 0.0,
     console: Console,
 ) -> Promotion:
@@ -48,9 +49,9 @@ def promote(
     """
     from jobs.tracking import registry as mlflow_registry
 
-    if metric not in METRICS:
+    if metric not in DECIDING:
         raise UserError(
-            f"--if-better {metric}: expected {' or '.join(METRICS)}, figures of the validation"
+            f"--if-better {metric}: expected {' or '.join(DECIDING)}, figures of the validation"
             " split; the test split never decides"
         )
     if min_delta < 0:

@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.evaluation.bootstrap import LEAST, interval
+from jobs.metric_names import EVAL_LOSS
 from jobs.units import NATS_PER_BIT
 
-METRICS = ("eval/bits_per_byte", "eval/loss_nats_per_token")
-"""What may decide: figures of the validation split. The test split never does."""
 LEVEL = 0.95
 
 Outcome = Literal["promoted", "inconclusive", "worse", "refused"]
@@ -70,7 +69,7 @@ def decide(candidate: Scored, champion: Scored, metric: str, min_delta: float = 
             "the two count the targets of the split differently (data.window is not the same)",
         )
     unit, denominators = NATS_PER_BIT, champion.n_bytes
-    if metric == "eval/loss_nats_per_token":
+    if metric == EVAL_LOSS:
         unit, denominators = 1.0, champion.n_tokens
     numerators = (candidate.nats - champion.nats) / unit
     difference = float(numerators.sum() / denominators.sum())

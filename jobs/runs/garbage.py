@@ -4,6 +4,7 @@ import calendar
 import contextlib
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,12 +35,17 @@ class Garbage(NamedTuple):
     """Seconds since it was written or, of a run, begun; None: the store does not say."""
 
 
-def find_garbage(root: Location, older_than: float, now: float) -> list[Garbage]:
+def find_garbage(
+    root: Location, older_than: float, now: float, *, left_alone: Callable[[str], None]
+) -> list[Garbage]:
     """What there is, by name; nothing is changed.
 
     Of runs that nobody holds: those begun more than `older_than` seconds ago that never had a
     checkpoint, and of the others the checkpoints that were never finished. On this machine's disk,
     files that a killed writer left, if they are as old. A damaged checkpoint is no garbage.
+
+    Args:
+        left_alone: is told of each run whose checkpoints this tvq cannot judge, and why.
     """
     found: list[Garbage] = []
     store = open_store(root)
@@ -55,7 +61,13 @@ def find_garbage(root: Location, older_than: float, now: float) -> list[Garbage]
             orphans.add(run.name)
             found.append(_garbage("run without a checkpoint", run.name, run.name, inside, age))
             continue
-        for update in unfinished_updates(run):
+        try:
+            unfinished = unfinished_updates(run)
+        except UserError as error:  # a newer tvq's: no reason to keep what others left
+            held.add(run.name)
+            left_alone(f"run {run.name} is left as it is: {error}")
+            continue
+        for update in unfinished:
             name = f"{run.name}/checkpoints/{update:08d}"
             parts = [entry for entry in inside if entry.name.startswith(f"{name}/")]
             if not any(_MANIFEST.fullmatch(e.name.partition("/")[2]) for e in parts):
@@ -96,7 +108,7 @@ def gc_command(
     root: Location, *, older_than_hours: float, yes: bool, console: Console, as_json: bool
 ) -> None:
     """Lists what may go, with sizes; removes it only with `yes`."""
-    found = find_garbage(root, older_than_hours * 3600, time.time())
+    found = find_garbage(root, older_than_hours * 3600, time.time(), left_alone=console.warning)
     if yes:
         remove_garbage(root, found)
     total = sum(garbage.bytes for garbage in found)

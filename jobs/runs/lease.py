@@ -89,6 +89,16 @@ def is_held(run: RunDirectory) -> bool:
     return holder is not None and claim.is_alive(holder)
 
 
+def died_at(run: RunDirectory) -> float | None:
+    """When a driver that died with the lease renewed it last, Unix time.
+
+    None where the lease is held or was given back: a driver that ends by itself gives it back.
+    """
+    claim = Claim(run.store)
+    holder = claim.holder()
+    return holder.heartbeat if holder is not None and not claim.is_alive(holder) else None
+
+
 class Fence:
     """The right of one worker group to commit: its driver holds the lease and it is the newest."""
 

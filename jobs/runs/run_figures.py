@@ -10,15 +10,13 @@ import numpy as np
 
 from jobs.evaluation.record import PositionBucket
 from jobs.figure_style import STYLE, running_mean
+from jobs.metric_names import EVAL_BITS, EVAL_LOSS, TRAIN_LOSS
 from jobs.palette import PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TRAINING_LOSS = "train/loss_nats_per_token"
-VALIDATION_LOSS = "eval/loss_nats_per_token"
-VALIDATION_BITS = "eval/bits_per_byte"
-CURVES = (TRAINING_LOSS, VALIDATION_LOSS, VALIDATION_BITS)
+CURVES = (TRAIN_LOSS, EVAL_LOSS, EVAL_BITS)
 
 Curve = Sequence[tuple[int, float]]
 """(update, value), by update."""
@@ -33,14 +31,14 @@ def curves_png(curves: Mapping[str, Curve]) -> bytes:
     with _styled():  # axes take their looks when they are made
         figure = _figure(7.0, 2.8)
         losses, bits = figure.subplots(1, 2)
-        window = max(1, len(curves[TRAINING_LOSS]) // 50)
-        updates, values = _split(curves[TRAINING_LOSS])
+        window = max(1, len(curves[TRAIN_LOSS]) // 50)
+        updates, values = _split(curves[TRAIN_LOSS])
         mean = f", running mean over {window}" if window > 1 else ""
         losses.plot(
             updates, running_mean(values.tolist(), window), color=PALETTE[0], label="training"
         )
         losses.plot(
-            *_split(curves[VALIDATION_LOSS]),
+            *_split(curves[EVAL_LOSS]),
             "o-",
             markersize=3.5,
             color=PALETTE[1],
@@ -48,7 +46,7 @@ def curves_png(curves: Mapping[str, Curve]) -> bytes:
         )
         losses.set(ylabel="nats per token", title=f"Loss{mean}")
         losses.legend(frameon=False)
-        bits.plot(*_split(curves[VALIDATION_BITS]), "o-", markersize=3.5, color=PALETTE[1])
+        bits.plot(*_split(curves[EVAL_BITS]), "o-", markersize=3.5, color=PALETTE[1])
         bits.set(ylabel="bits per byte", title="Validation")
         for axes in (losses, bits):
             axes.set(xlabel="update", xlim=(0, None))

@@ -131,6 +131,9 @@ def history_command(root: Location, name: str, *, console: Console, as_json: boo
             ]
         )
         return
+    if not rows:
+        console.line(f"schedule {name}: no tick yet; `tvq schedule next {name}` shows when")
+        return
     console.table(
         ["tick", "outcome", "attempts", "ended", "detail"],
         [

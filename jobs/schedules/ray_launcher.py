@@ -40,6 +40,7 @@ class RayLauncher:
         self._request = request
         self._root = seen_root(request, root)
         self._variables = request.environment()
+        self._resources = request.driver_resources()
         if uri := seen_tracking(request, None):
             self._variables["MLFLOW_TRACKING_URI"] = uri
         self._jobs = RayJobs(request.address)
@@ -60,7 +61,7 @@ class RayLauncher:
                 "tvq_commit": variables[COMMIT],
             },
             cpus=self._request.cpus,
-            resources=self._request.driver_resources(),
+            resources=self._resources,
         )
 
     def state(self, submission_id: str) -> State | None:

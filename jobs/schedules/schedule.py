@@ -21,6 +21,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from jobs.errors import UserError
+from jobs.flows.flow_file import NAME
 from jobs.schedules.alerts import Hook
 from jobs.schedules.ticks import Cron, is_by_hand, is_tick_id, parse_tick, tick_id
 from pipeline.storage import Location, Store, open_store
@@ -28,7 +29,6 @@ from pipeline.storage import Location, Store, open_store
 Overlap = Literal["skip", "queue", "replace"]
 Outcome = Literal["succeeded", "failed", "skipped", "missed", "replaced"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 # In full: a daemon that was killed while it wrote a file leaves one of a longer name.
 _ATTEMPT = re.compile(r"attempt-\d+\.json")
 
@@ -117,7 +117,7 @@ class ScheduleFolder:
     """The files of one schedule."""
 
     def __init__(self, root: Location, name: str):
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise UserError(
                 f"schedule name {name!r}: expected letters, digits, '.', '_', '-', beginning with"
                 " a letter or digit, at most 63; it is the `name` in the flow's file"

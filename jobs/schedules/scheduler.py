@@ -109,11 +109,12 @@ class Scheduler:
             try:
                 soonest = min(soonest, self._see_to_schedule(folder))
                 self._warned.pop(folder.name, None)
-            # The store is not well; a damaged file; no process can be started.
+            # The store is not well; no process can be started.
             except (CorpusError, UserError, OSError) as error:
-                if self._warned.get(folder.name) != str(error):
-                    self._warned[folder.name] = str(error)
-                    self._warn(f"{folder.name}: {error}")
+                self._warn_once(folder.name, str(error))
+            except (ValueError, TypeError, KeyError) as error:  # no JSON, or not as we write it
+                file = f"a damaged file in {self._root}/ticks/{folder.name}"
+                self._warn_once(folder.name, f"{file} ({error!r}); remove it")
         return soonest
 
     @property
@@ -146,6 +147,11 @@ class Scheduler:
     def let_go(self) -> None:
         """The daemon ends: others may take over at once. What it launched goes on."""
         self._claims.let_go()
+
+    def _warn_once(self, schedule: str, text: str) -> None:
+        if self._warned.get(schedule) != text:
+            self._warned[schedule] = text
+            self._warn(f"{schedule}: {text}")
 
     # ---- One schedule ----------------------------------------------------------------------------
 

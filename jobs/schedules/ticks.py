@@ -2,6 +2,11 @@
 
 A tick is its nominal UTC instant, whenever it is really run. A local time that the clock skips
 fires at the first one after the gap; a local time that comes twice fires the first time only.
+
+Written here, since APScheduler 3.11.3 (tried 2026-11) does none of this: `30 2 * * *` in Berlin
+fires twice on 25 October and at 03:30 on 29 March, `from_crontab` takes weekday 1 for Tuesday, and
+two of its schedulers on one store run every job twice. What makes a tick run once is its claim
+(jobs/schedules/tick_claims.py), whoever counts the ticks.
 """
 
 import re

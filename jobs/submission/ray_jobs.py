@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import logging
+import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +18,8 @@ log = logging.getLogger("tvq.ray_jobs")
 
 RUNNING = ("PENDING", "RUNNING")
 _RECONNECT_SECONDS = 2.0
+_PENDING_POLL_SECONDS = 0.5
+_PENDING_SECONDS = 15.0
 _PATIENCE_SECONDS = 300.0
 """How long an unreachable server is asked again while a job is followed."""
 
@@ -139,18 +143,26 @@ class RayJobs:
     def follow(self, submission_id: str, write: Callable[[str], None]) -> Job:
         """Hands on what the job prints, from its beginning, until it has ended.
 
-        A connection that is lost is made again, and goes on where it was.
+        A connection that is lost is made again, and goes on where it was. That a job does not
+        begin is said once: one that no node has room for waits for ever (ray 2.60).
 
         Raises:
             UserError: the server cannot be reached for five minutes; the job goes on.
         """
         shown, lost_at = 0, None
+        tell_at = time.monotonic() + _PENDING_SECONDS
         while True:
             try:
+                while (job := self.get(submission_id)).status == "PENDING":
+                    if time.monotonic() > tell_at:
+                        write(f"{submission_id} has not begun: {job.message}\n")
+                        tell_at = math.inf
+                    time.sleep(_PENDING_POLL_SECONDS)
+                lost_at = None
                 for text in self._tail(submission_id, shown):
                     shown += len(text)
                     write(text)
-                job, lost_at = self.get(submission_id), None
+                job = self.get(submission_id)
                 if not job.is_running:
                     # The stream ends with the job, sometimes before its last lines.
                     write(self.log(submission_id)[shown:])
@@ -202,6 +214,10 @@ class RayJobs:
                     f"--address {self.address}: the cluster wants a token, and the one here is"
                     " missing or wrong; set RAY_AUTH_TOKEN_PATH to the file with the cluster's"
                     " (~/.ray/auth_token on its head)"
+                ) from None
+            if re.search(r"status code 50[234]", first):  # of a gateway before it
+                raise UnreachableError(
+                    f"--address {self.address}: its gateway says that nobody answers: {first}"
                 ) from None
             raise UserError(f"--address {self.address}: Ray refuses: {first}") from None
 

@@ -19,6 +19,7 @@ from jobs.console import Console
 from jobs.deployment.render import stated_text
 from jobs.errors import ExitCode, UserError
 from jobs.lineage.provenance import COMMIT, provenance
+from jobs.planning.forecast import forecast, refuse_what_does_not_fit
 from jobs.recipe import Recipe
 from jobs.runs.run_directory import RunDirectory
 from jobs.submission import submitted
@@ -101,10 +102,18 @@ def submit_command(
 
     Raises:
         UserError: the cluster could not see what the recipe names, cannot be reached, or runs
-            another recipe under this name.
+            another recipe under this name; or its devices are known to be too small.
     """
-    recipe, root = settled(recipes.load(recipe_name, overrides), root, request)
-    RunDirectory.at(root, name)  # refuses what is no name
+    recipe = recipes.load(recipe_name, overrides)
+    if not recipe.data.corpora:
+        raise UserError(
+            "data.corpus: no corpus given; name one that the cluster sees, as"
+            " data.corpus=gs://BUCKET/corpus"
+        )
+    recipe, root = settled(recipe, root, request)
+    # Refuses what is none before anything is built.
+    RunDirectory.at(root, name)
+    request.driver_resources()
     variables = job_variables(
         ["train", submitted.RECIPE, "--run", name, "--root", str(root)],
         stated_text(recipe),
@@ -114,6 +123,9 @@ def submit_command(
     )
     wheel = built_wheel()
     _show_upload(console, wheel, recipe, root, name, variables, request)
+    foreseen = forecast(recipe, console, compiles=dry)
+    console.line(f"plan      {foreseen.text}")
+    refuse_what_does_not_fit(foreseen.plan)
     if dry:
         return ExitCode.OK
     jobs = RayJobs(request.address)
@@ -293,8 +305,8 @@ def _start(
             if last.metadata.get("tvq_identity") != identity:
                 raise UserError(
                     f"job {last.submission_id}: trains run {name} by another recipe now; wait for"
-                    f" it, stop it (`tvq jobs stop {last.submission_id}`), or choose another name"
-                    " with --run",
+                    f" it, stop it (`tvq jobs stop {last.submission_id} --address"
+                    f" {request.address}`), or choose another name with --run",
                     ExitCode.BUSY,
                 )
             return last.submission_id, False

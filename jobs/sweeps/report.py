@@ -17,7 +17,8 @@ class Trial(NamedTuple):
     """Of the fields that are varied."""
     seed: int
     bits_per_byte: float | None
-    """On the whole validation split; None if it was stopped early."""
+    """On the whole validation split; None if it was stopped early, infinite if it became
+    unstable."""
 
 
 class Configuration(NamedTuple):
@@ -26,18 +27,20 @@ class Configuration(NamedTuple):
     values: dict[str, Any]
     trials: list[Trial]
     mean: float | None
-    """Bits per byte over the seeds that were trained to the end; None if there are none."""
+    """Bits per byte over the seeds that were trained to the end; None if there are none, infinite
+    if one of them became unstable."""
     low: float | None = None
     """Ends of the 95% interval of the mean over seeds; None for fewer than two."""
     high: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For a script."""
-        return self._asdict() | {"trials": [trial._asdict() for trial in self.trials]}
+        trials = [trial._asdict() for trial in self.trials]
+        return self._asdict() | {"trials": trials, "unstable": self.mean == math.inf}
 
 
 def ranked(trials: list[Trial]) -> list[Configuration]:
-    """The configurations, the best first; those that were stopped early last."""
+    """The configurations, the best first; those that became unstable or were stopped last."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(repr(sorted(trial.values.items())), []).append(trial)
@@ -48,7 +51,7 @@ def ranked(trials: list[Trial]) -> list[Configuration]:
         low, high = _interval(figures)
         members = sorted(members, key=lambda trial: trial.seed)
         found.append(Configuration(members[0].values, members, mean, low, high))
-    return sorted(found, key=lambda one: math.inf if one.mean is None else one.mean)
+    return sorted(found, key=lambda one: (one.mean is None, one.mean or 0.0))
 
 
 def table(configurations: list[Configuration]) -> tuple[list[str], list[list[str]]]:
@@ -57,9 +60,9 @@ def table(configurations: list[Configuration]) -> tuple[list[str], list[list[str
     rows = [
         [
             *(_shown(one.values[field]) for field in fields),
-            f"{one.mean:.4f}" if one.mean is not None else "stopped early",
+            _figure(one.mean),
             f"{one.low:.4f} to {one.high:.4f}" if one.low is not None else "-",
-            str(sum(trial.bits_per_byte is not None for trial in one.trials)),
+            str(len(_finished(one))),
             one.trials[0].run,
         ]
         for one in configurations
@@ -69,7 +72,7 @@ def table(configurations: list[Configuration]) -> tuple[list[str], list[list[str
 
 def ranking_lines(configurations: list[Configuration], root: Path) -> list[str]:
     """The best, and by how much it beats the second, with the 95% interval of that."""
-    finished = [one for one in configurations if one.mean is not None]
+    finished = [one for one in configurations if one.mean is not None and one.mean < math.inf]
     if not finished:
         return ["no training was done to its end"]
     best = finished[0]
@@ -77,19 +80,17 @@ def ranking_lines(configurations: list[Configuration], root: Path) -> list[str]:
     lines = [f"best      {values}: {best.mean:.4f} bits per byte on the whole validation split"]
     if len(finished) > 1:
         lines.append(f"second    {_difference(best, finished[1], root)}")
-    names = [trial.run for one in finished[:2] for trial in one.trials if trial.bits_per_byte]
+    if unstable := sum(one.mean == math.inf for one in configurations):
+        lines.append(f"unstable  {unstable} of {len(configurations)}: no update could be applied")
+    names = [trial.run for one in finished[:2] for trial in _finished(one)]
     lines.append(f"more      tvq compare {' '.join(names)} --root {root}")
     return lines
 
 
 def _difference(best: Configuration, second: Configuration, root: Path) -> str:
     """Paired by seed where there are two or more, else over the documents of the split."""
-    theirs = {trial.seed: trial for trial in second.trials if trial.bits_per_byte is not None}
-    pairs = [
-        (trial, theirs[trial.seed])
-        for trial in best.trials
-        if trial.bits_per_byte is not None and trial.seed in theirs
-    ]
+    theirs = {trial.seed: trial for trial in _finished(second)}
+    pairs = [(trial, theirs[trial.seed]) for trial in _finished(best) if trial.seed in theirs]
     assert best.mean is not None
     assert second.mean is not None
     mean = second.mean - best.mean
@@ -108,6 +109,17 @@ def _difference(best: Configuration, second: Configuration, root: Path) -> str:
     return (
         f"{bits:+.4f} (95% of {bounds[0]:+.4f} to {bounds[1]:+.4f} over {pieces}; one seed): {sure}"
     )
+
+
+def _finished(one: Configuration) -> list[Trial]:
+    """Its trainings that have a figure."""
+    return [t for t in one.trials if t.bits_per_byte is not None and t.bits_per_byte < math.inf]
+
+
+def _figure(mean: float | None) -> str:
+    if mean is None:
+        return "stopped early"
+    return f"{mean:.4f}" if mean < math.inf else "unstable"
 
 
 def _worse_by(best: Trial, second: Trial) -> float:
@@ -139,7 +151,7 @@ def _over_blocks(best: Trial, second: Trial, root: Path) -> tuple[tuple[float, f
 
 def _interval(values: list[float]) -> tuple[float | None, float | None]:
     """95%, by Student's t."""
-    if len(values) < 2:
+    if len(values) < 2 or math.inf in values:
         return None, None
     from scipy import stats
 

@@ -7,27 +7,33 @@ a training that had begun is found and goes on, one that is done is not done aga
 
 import contextlib
 import io
+import logging
+import math
 import os
+import re
 import shutil
 import statistics
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.cluster.ray_session import ray_session
-from jobs.console import Console
+from jobs.console import Console, Progress
 from jobs.errors import ExitCode, UserError
+from jobs.metric_names import EVAL_BITS
 from jobs.runs.run_directory import RunDirectory
 from jobs.sweeps.report import Trial, ranked, ranking_lines, table
-from jobs.sweeps.sweep_file import SEED, Sweep, load_sweep
+from jobs.sweeps.sweep_file import SEED, Sweep, corners, load_sweep
 from jobs.tracking.parent_run import ParentRun
 from pipeline.claims import Claim
 from pipeline.storage import LocalStore, Location, open_store
 
-METRIC = "eval/bits_per_byte"
+METRIC = EVAL_BITS
 """Of the evaluations in training: what stops early and guides an optimiser."""
 _FIGURES = "validation_bits_per_byte"
 """By seed, on the whole validation split: what a trial says at its end."""
+_LOOK_SECONDS = 2.0
 
 
 def sweep_command(location: str, root: Location, *, console: Console, as_json: bool) -> None:
@@ -39,6 +45,7 @@ def sweep_command(location: str, root: Location, *, console: Console, as_json: b
             f"--root {store.location}: a sweep's root is a folder of this machine; Ray Tune in a"
             " bucket is not tested"
         )
+    _check_corpora(sweep)
     folder = LocalStore(store.root / "sweeps" / sweep.name)
     claim = Claim(folder)
     if holder := claim.take():
@@ -68,9 +75,11 @@ def run_sweep(sweep: Sweep, root: Path, console: Console) -> list[Trial]:
     parent = ParentRun.of(sweep.recipe({}, sweep.seeds[0]), root, sweep.name, console.warning)
     parent.report(sweep.to_yaml(), {"search": sweep.search})
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # With Tune's own handler a sweep that Ctrl-C broke off returns as one that is done.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     status = "FAILED"
     try:
-        with ray_session(None, cpus=sweep.parallel):
+        with ray_session(None, cpus=sweep.parallel), _progress(sweep, root, console):
             trials = _fit(sweep, root, console)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -83,8 +92,8 @@ def run_sweep(sweep: Sweep, root: Path, console: Console) -> list[Trial]:
                 ended = "FINISHED" if run.closed_at() is not None else "KILLED"
                 parent.adopt(record.mlflow_run_id, ended)
         parent.finish(status)
-    best = min((t.bits_per_byte for t in trials if t.bits_per_byte is not None), default=None)
-    if best is not None:
+    best = min((t.bits_per_byte for t in trials if t.bits_per_byte is not None), default=math.inf)
+    if best < math.inf:
         parent.figures({"best/bits_per_byte": best})
     return trials
 
@@ -112,8 +121,17 @@ def _fit(sweep: Sweep, root: Path, console: Console) -> list[Trial]:
             tune_config=_tune_config(sweep),
             run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0),
         )
+    # It logs the traceback of each trial that fails, which lies in the trial's folder.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with contextlib.redirect_stdout(io.StringIO()):  # Tune prints a table at any verbosity
         grid = tuner.fit()
+    if failed := [result for result in grid if result.error]:
+        first = str(failed[0].error).strip().splitlines()[-1]
+        raise UserError(
+            f"sweep {sweep.name}: {len(failed)} of {len(grid)} trials failed, the first of them:"
+            f" {first} ({failed[0].path}/error.txt); the same command goes on with them",
+            ExitCode.FAILED,
+        )
     trials = []
     for result in grid:
         if result.config is not None:
@@ -123,14 +141,41 @@ def _fit(sweep: Sweep, root: Path, console: Console) -> list[Trial]:
                 Trial(sweep.run_name(values, seed), values, seed, figures.get(str(seed)))
                 for seed in seeds
             ]
-    if grid.errors:
-        first = str(grid.errors[0]).strip().splitlines()[-1]
-        raise UserError(
-            f"sweep {sweep.name}: {len(grid.errors)} of {len(grid)} trainings failed, the first of"
-            f" them: {first}; the same command goes on with them",
-            ExitCode.FAILED,
-        )
     return trials
+
+
+@contextlib.contextmanager
+def _progress(sweep: Sweep, root: Path, console: Console) -> Iterator[None]:
+    """Says how many trainings are done: Tune's own processes have no terminal of ours."""
+    over = threading.Event()
+
+    def look(progress: Progress) -> None:
+        shown = -1
+        while not over.is_set():
+            done = sum(run.closed_at() is not None for run in _runs(root, sweep))
+            if done != shown:  # the time that is left follows from one training to the next
+                progress.update(done)
+                shown = done
+            over.wait(_LOOK_SECONDS)
+
+    with console.progress("trained", sweep.trainings) as progress:
+        thread = threading.Thread(target=look, args=(progress,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def _check_corpora(sweep: Sweep) -> None:
+    """Raises what a training would about its corpus: here in one line, there once a trial."""
+    from jobs.training.settled import with_corpora
+
+    recipes = [sweep.recipe(values, sweep.seeds[0]) for values in corners(sweep.space)]
+    different = {(repr(each.data), each.model.vocab_size): each for each in recipes}
+    for recipe in different.values():
+        with_corpora(recipe)
 
 
 def _param_space(sweep: Sweep) -> dict[str, Any]:
@@ -210,7 +255,8 @@ def _plain(value: Any) -> Any:
 def _trial(config: dict[str, Any], sweep: Sweep, root: str) -> None:
     """One trial, in a process of Ray's: a training, or one after the other with each seed.
 
-    What may stop it early are the evaluations of the first.
+    What may stop it early are the evaluations of the first. A training that becomes unstable is an
+    answer too: its figure is infinite, and the sweep goes on.
     """
     from ray import tune
 
@@ -231,17 +277,25 @@ def _trial(config: dict[str, Any], sweep: Sweep, root: str) -> None:
 
     lasts, figures, update = [], {}, 0
     for seed in seeds:
-        trained = train(
-            sweep.recipe(values, seed),
-            root=root,
-            name=sweep.run_name(values, seed),
-            console=quiet,
-            on_points=report if seed == seeds[0] else None,
-        )
+        try:
+            trained = train(
+                sweep.recipe(values, seed),
+                root=root,
+                name=sweep.run_name(values, seed),
+                console=quiet,
+                on_points=report if seed == seeds[0] else None,
+            )
+        except UserError as error:
+            if error.code is not ExitCode.UNSTABLE:
+                raise
+            figures[str(seed)] = math.inf
+            lasts.append(math.inf)
+            continue
         evaluation = evaluate_run(trained.run, "validation", reuse=True, console=quiet)
         update = trained.update
-        figures[str(seed)] = evaluation.bits_per_byte
-        lasts.append(_last_evaluation(trained.run, evaluation.bits_per_byte))
+        bits = evaluation.bits_per_byte
+        figures[str(seed)] = bits if math.isfinite(bits) else math.inf
+        lasts.append(_last_evaluation(trained.run, bits))
     tune.report({METRIC: statistics.fmean(lasts), "update": update, _FIGURES: figures})
 
 
@@ -254,9 +308,10 @@ def _last_evaluation(run: RunDirectory, otherwise: float) -> float:
 
 
 def _runs(root: Path, sweep: Sweep) -> list[RunDirectory]:
-    prefix = f"{sweep.name}-"
-    folders = sorted(root.glob(f"{prefix}*-s*/run.json"))
-    return [RunDirectory(path.parent) for path in folders]
+    # In full: a sweep `rates-b` is none of `rates`.
+    ours = re.compile(rf"{re.escape(sweep.name)}-[0-9a-f]{{8}}-s\d+")
+    folders = sorted(root.glob(f"{sweep.name}-*/run.json"))
+    return [RunDirectory(path.parent) for path in folders if ours.fullmatch(path.parent.name)]
 
 
 def _refuse_another(folder: LocalStore, sweep: Sweep) -> None:

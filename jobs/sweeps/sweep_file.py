@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 
 from jobs import recipe as recipes
 from jobs.errors import UserError
-from jobs.flows.flow_file import read_tree, refuse_unknown, words
+from jobs.flows.flow_file import name_of, named, read_tree, refuse_unknown, words
 from jobs.recipe import Recipe
 from jobs.recipe_yaml import dump_yaml
 
@@ -62,6 +62,12 @@ class Sweep:
     parallel: int = 2
     """Trainings at a time, each in one process on one CPU."""
     early_stopping: EarlyStopping | None = None
+
+    @property
+    def trainings(self) -> int:
+        """How many there are, those that are stopped early included."""
+        n_values = len(combinations(self.space)) if self.search == "grid" else self.trials
+        return n_values * len(self.seeds)
 
     def recipe(self, values: Mapping[str, Any], seed: int) -> Recipe:
         """The recipe of one training."""
@@ -108,7 +114,7 @@ def load_sweep(location: str | Path) -> Sweep:
     if search not in get_args(Search):
         raise UserError(f"{where}: search: expected grid, random or optuna, got {search!r}")
     sweep = Sweep(
-        name=_name(tree.get("name", Path(location).stem), where),
+        name=name_of(tree, Path(location).stem, where),
         train=words(tree, "train", where),
         space=_space(tree.get("space"), search, where),
         search=search,
@@ -120,8 +126,9 @@ def load_sweep(location: str | Path) -> Sweep:
     for override in sweep.train[1:]:
         if override.startswith((f"{SEED}=", "cluster.workers=")):
             raise UserError(f"{where}: train: {override}: the sweep decides this; leave it out")
-    for values in _corners(sweep.space):  # a combination that is none ends it now
-        sweep.recipe(values, sweep.seeds[0])
+    for values in corners(sweep.space):  # a combination that is none ends it now
+        with named(where):
+            sweep.recipe(values, sweep.seeds[0])
     return sweep
 
 
@@ -130,7 +137,8 @@ def combinations(space: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(space, row, strict=True)) for row in itertools.product(*space.values())]
 
 
-def _corners(space: Mapping[str, Any]) -> list[dict[str, Any]]:
+def corners(space: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of listed values and of ends of ranges."""
     ends = {
         field: spec if isinstance(spec, list) else next(iter(spec.values()))
         for field, spec in space.items()
@@ -145,6 +153,8 @@ def _space(space: Any, search: str, where: str) -> dict[str, Any]:
         if field == SEED:
             raise UserError(f"{where}: space: {SEED}: give `seeds` instead")
         if isinstance(spec, list) and spec:
+            if any(value in spec[:n] for n, value in enumerate(spec)):
+                raise UserError(f"{where}: space: {field}: names a value twice, {spec!r}")
             continue
         if search != "grid" and isinstance(spec, dict) and list(spec) and len(spec) == 1:
             [(kind, ends)] = spec.items()
@@ -180,12 +190,6 @@ def _early_stopping(fields: Any, where: str) -> EarlyStopping | None:
     if reduction < 2:
         raise UserError(f"{where}: early_stopping.reduction: expected 2 or more")
     return EarlyStopping(_count(fields.get("after"), f"{where}: early_stopping.after"), reduction)
-
-
-def _name(name: Any, where: str) -> str:
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{where}: name: expected a text, got {name!r}")
-    return name
 
 
 def _seeds(seeds: Any, where: str) -> tuple[int, ...]:

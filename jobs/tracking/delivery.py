@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from jobs.metric_names import TRAIN_TOKENS
 from jobs.runs.metric_spool import (
     MetricPoint,
     acknowledge,
@@ -19,9 +20,6 @@ from jobs.runs.metric_spool import (
 )
 from pipeline.errors import CorpusError
 from pipeline.storage import Location, is_url
-
-TOKENS_METRIC = "train/tokens"
-"""A point's `tokens`, stored with it, so that curves can be drawn over tokens."""
 
 _POLL_SECONDS = 0.5
 _POLL_STORE_SECONDS = 2.0
@@ -251,7 +249,7 @@ class Delivery:
         """The measurements not stored yet; moves `marks` past them."""
         new = []
         for point in points:
-            for name, value in (*point.values.items(), (TOKENS_METRIC, float(point.tokens))):
+            for name, value in (*point.values.items(), (TRAIN_TOKENS, float(point.tokens))):
                 if point.step > marks.get(name, -1) and name not in self._refused:
                     marks[name] = point.step
                     new.append(Measurement(name, value, point.time_ms, point.step))

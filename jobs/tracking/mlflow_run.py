@@ -4,7 +4,7 @@ import contextlib
 import functools
 import getpass
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,8 @@ class MlflowRun:
         self._run_key = run_key
         self.run_id = run_id or ""
         self.experiment_id = ""
+        self._corpora: dict[str, list[tuple[str, str]]] = {}
+        """Name and digest of each, by what the run uses it for."""
 
     @functools.cached_property
     def client(self) -> "MlflowClient":
@@ -107,6 +109,9 @@ class MlflowRun:
     def log_dataset(self, fields: dict[str, str], context: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
+        corpora = self._corpora.setdefault(context, [])
+        if (corpus := (fields["name"], fields["digest"])) not in corpora:
+            corpora.append(corpus)
         tags = [InputTag("mlflow.data.context", context)]
         self.client.log_inputs(self.run_id, [DatasetInput(Dataset(**fields), tags)])
 
@@ -140,7 +145,14 @@ class MlflowRun:
                 self.experiment_id,
                 name=name,
                 source_run_id=self.run_id,
-                tags={"tvq.checkpoint_uri": without_credentials(uri), UPDATE_TAG: str(update)},
+                tags={
+                    "tvq.checkpoint_uri": without_credentials(uri),
+                    UPDATE_TAG: str(update),
+                    **{
+                        f"tvq.corpus.{context}": ", ".join(map(" ".join, corpora))
+                        for context, corpora in self._corpora.items()
+                    },
+                },
                 model_type="transformer-vq",
             )
         )
@@ -148,7 +160,7 @@ class MlflowRun:
         # A metric that the run holds keeps its timestamp: MLflow then finds the run's row there and
         # stores it for the model only, so the run's history gets no second point at that step.
         new = [self._stored(one) or one for one in metrics if (one.name, update) not in linked]
-        self._log(new, model.model_id)
+        self._log(new, model.model_id, self._corpora.get("evaluation", []))
         client.finalize_logged_model(model.model_id, "READY")
         outputs = client.get_run(self.run_id).outputs
         if model.model_id not in {
@@ -159,11 +171,18 @@ class MlflowRun:
     def mark_deleted(self, present: Collection[int]) -> None:
         mark_deleted(self.client, self.experiment_id, self.run_id, present)
 
-    def _log(self, measurements: list[Measurement], model_id: str | None = None) -> None:
+    def _log(
+        self,
+        measurements: list[Measurement],
+        model_id: str | None = None,
+        measured_on: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """`measured_on`: the corpora; MLflow takes one, so those of a mixture are not named."""
         from mlflow.entities import Metric
 
+        name, digest = measured_on[0] if len(measured_on) == 1 else (None, None)
         metrics = [
-            Metric(one.name, one.value, one.time_ms, one.step, model_id=model_id)
+            Metric(one.name, one.value, one.time_ms, one.step, model_id, name, digest)
             for one in measurements
         ]
         if metrics:

@@ -16,6 +16,9 @@ from typing import NamedTuple
 from jobs.errors import UserError
 from pipeline.storage import Location, is_url
 
+DIGEST_CHARACTERS = 36
+"""Of a dataset's digest MLflow takes so many."""
+
 
 class Store(NamedTuple):
     """Where the tracking data lies."""

@@ -12,11 +12,10 @@ from jobs.lineage.provenance import Provenance
 from jobs.runs.metric_spool import MetricPoint
 from jobs.tracking.delivery import Delivery, Measurement, Refusal
 from jobs.tracking.mlflow_run import MlflowRun
-from jobs.tracking.store import Store, load, reason, without_credentials
+from jobs.tracking.store import DIGEST_CHARACTERS, Store, load, reason, without_credentials
 from pipeline.storage import Location
 
 _LONGEST_PARAMETER = 500
-_LONGEST_DIGEST = 36
 _logger = logging.getLogger("tvq.tracking")
 
 Scalar = str | int | float | bool | None
@@ -152,7 +151,7 @@ class Tracker:
         columns = [{"name": key, "type": kind, "required": True} for key, kind in schema.items()]
         fields = {
             "name": name,
-            "digest": digest[:_LONGEST_DIGEST],
+            "digest": digest[:DIGEST_CHARACTERS],
             "source_type": "url" if "://" in source else "local",
             "source": json.dumps({"uri": without_credentials(source)}),
             "schema": json.dumps({"mlflow_colspec": columns}),

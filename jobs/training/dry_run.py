@@ -5,8 +5,10 @@ from typing import Any
 from jobs import recipe as recipes
 from jobs.checkpoints import init_from
 from jobs.checkpoints.manifest import newest_update
-from jobs.cluster.accelerators import devices_per_worker
+from jobs.cluster.accelerators import devices_per_worker, mesh_axes
 from jobs.console import Console
+from jobs.planning.forecast import forecast
+from jobs.planning.report import plan_json
 from jobs.recipe import ClusterConfig, Recipe
 from jobs.runs.lease import is_held
 from jobs.runs.run_directory import RunDirectory
@@ -28,7 +30,8 @@ def dry_run(
 ) -> None:
     """Prints the resolved plan of the training that `train` would begin or go on with.
 
-    Writes nothing, claims nothing, starts no worker. Arguments and errors are those of `train`.
+    Writes nothing, claims nothing, starts no worker; for a TPU it asks the compiler, if it is
+    installed, which takes minutes once. Arguments and errors are those of `train`.
     """
     recipe, mixture = with_corpora(recipe)
     run = RunDirectory.at(root, name)
@@ -38,10 +41,13 @@ def dry_run(
     else:
         recipe, _ = init_from.look_up(recipe, run.root)
     plan = _plan(run, recipe, mixture)
+    foreseen = forecast(recipe, console, compiles=True)
     if as_json:
-        console.json(plan)
+        console.json(plan | {"plan": plan_json(foreseen.plan) if foreseen.plan else None})
     else:
         _show(console, plan)
+        console.result(f"plan        {foreseen.text}")
+        console.result("nothing was begun (--dry-run)")
 
 
 def _plan(run: RunDirectory, recipe: Recipe, mixture: Mixture) -> dict[str, Any]:
@@ -140,7 +146,6 @@ def _show(console: Console, plan: dict[str, Any]) -> None:
             f"data        {each['corpus']}: {each['targets']:,} targets of {each['documents']:,}"
             f" documents, {each['epochs']:.2f} epochs, fingerprint {each['fingerprint'][:16]}"
         )
-    console.result("nothing was begun (--dry-run)")
 
 
 def _state(run: RunDirectory, done: int, steps: int) -> str:
@@ -164,5 +169,4 @@ def _mesh(cluster: ClusterConfig) -> dict[str, int]:
 
         axes = {"data": cluster.data, "fsdp": cluster.fsdp, "tensor": cluster.tensor}
         devices = make_mesh(jax.devices(), **axes).size
-    data = devices // (cluster.fsdp * cluster.tensor)
-    return {"data": data, "fsdp": cluster.fsdp, "tensor": cluster.tensor}
+    return mesh_axes(cluster, devices, "cluster: of these devices")

@@ -50,6 +50,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
         settings: the same in every process.
         notice: what this process has been told, asked once a batch.
     """
+    keep_freed_memory()  # before JAX is used
     recipe, run = settings.recipe, RunDirectory(settings.run, patient=True)
     training = recipe.training
     primary = jax.process_index() == 0
@@ -58,7 +59,6 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
     run_log.event("group start", **who)
     ledger = Ledger(run.store) if primary else None
     goodput = Goodput(ledger, settings.lease_owner)
-    keep_freed_memory()
     use_compile_cache(recipe.cluster.compile_cache)
 
     # ---- Mesh: which device does what -----------------------------------------------------------
@@ -74,14 +74,16 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
             fence.raise_over_others()
     run_log.event("restore start")
     restored = restore_newest(run, programs.abstract)
+    codebooks_are_random = False
     if restored:
         state, checkpoint = restored
         update, next_batch, tokens = checkpoint.update, checkpoint.next_batch, checkpoint.tokens
     else:
         if training.init_from:
-            state = first_state(run, recipe, programs.abstract)
+            state, taken = first_state(run, recipe, programs.abstract)
         else:
-            state = programs.create()
+            state, taken = programs.create(), False
+        codebooks_are_random = not taken
         jitted_leaf_sums(state)  # compiled now, and not while the first save holds up the loop
         update, next_batch, tokens = 0, 0, 0
 
@@ -156,9 +158,9 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
             flags = layout.flag(stop)
             profile.before(update, recipe.updates_per_batch, state)
             with calling, profile.step(update + recipe.updates_per_batch):
-                random = update == 0 and not training.init_from
-                if random and recipe.model.kmeans_iterations:
+                if codebooks_are_random and recipe.model.kmeans_iterations:
                     state = programs.start_codebooks(state, batch)
+                codebooks_are_random = False
                 state, metrics, flags = programs.step(state, batch, flags)
             calling = contextlib.nullcontext()
             update, next_batch = update + recipe.updates_per_batch, next_batch + 1

@@ -1,6 +1,7 @@
 """The model's functions as the training loop calls them: compiled for its mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jobs.compiler_options import compiler_options
 from jobs.recipe import Recipe
 from model.sampling import Filters, decode, prefill
 from model.sharding import abstract_state, on_mesh, replicated
@@ -70,13 +72,16 @@ class Programs:
         self.abstract: TrainState = abstract_state(mesh, model, create)
         """Shapes and shardings of the state."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        jit = functools.partial(
+            jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform)
+        )
         self.create: Callable[[], TrainState] = jax.jit(create, out_shardings=shardings)
         """The state before the first batch, each part made where it lies."""
-        self.start_codebooks: Callable[[TrainState, Any], TrainState] = jax.jit(
+        self.start_codebooks: Callable[[TrainState, Any], TrainState] = jit(
             on_mesh(mesh, start_codebooks), out_shardings=shardings, donate_argnums=0
         )
         """The state with codebooks from k-means over the first update's keys."""
-        self.step: Callable[..., tuple[TrainState, UpdateMetrics, jax.Array]] = jax.jit(
+        self.step: Callable[..., tuple[TrainState, UpdateMetrics, jax.Array]] = jit(
             on_mesh(mesh, step), out_shardings=(shardings, None, None), donate_argnums=0
         )
         """(state, batch, flags) -> the state after the batch, its metrics, the highest flag."""
@@ -84,13 +89,13 @@ class Programs:
             go_on_from, out_shardings=shardings, donate_argnums=0
         )
         """An earlier state at the position of the present one."""
-        self.evaluate: Callable[[TrainState, Any], tuple[jax.Array, jax.Array]] = jax.jit(
+        self.evaluate: Callable[[TrainState, Any], tuple[jax.Array, jax.Array]] = jit(
             on_mesh(mesh, evaluate)
         )
         """(state, batch) -> the sum of its targets' nats, and their number."""
         # Not `on_mesh`: parameters that `fsdp` splits would be gathered anew for every token, while
         # XLA alone sums the few rows' products.
-        self.write: Callable[..., jax.Array] = jax.jit(
+        self.write: Callable[..., jax.Array] = jit(
             write, static_argnames=("filters", "n_tokens"), out_shardings=replicated(mesh)
         )
         """(state, prompts [R, P], filters, n_tokens) -> what follows each of them [R, n_tokens], on

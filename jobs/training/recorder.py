@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from jobs.metric_names import TOKENS_PER_SECOND, TRAIN_LOSS
 from jobs.runs.ledger import Ledger, SkippedBatch, SkippedUpdate
 from jobs.runs.metric_spool import MetricPoint, MetricSpool
 from jobs.training.codebook_watch import CodebookWatch
@@ -119,7 +120,7 @@ class Recorder:
         for i in range(n_updates):
             self.tokens += int(metrics.tokens[i])
             values = {
-                "train/loss_nats_per_token": float(metrics.loss[i]),
+                TRAIN_LOSS: float(metrics.loss[i]),
                 "train/bits_per_byte": self._bits_per_byte(float(metrics.loss[i])),
                 "train/commitment_loss": float(metrics.commitment[i]),
                 "train/gradient_norm": float(metrics.gradient_norm[i]),
@@ -139,7 +140,7 @@ class Recorder:
                 }
             if before is not None and i == n_updates - 1:
                 rate = batch_tokens / max(now - before, 1e-9)
-                values["perf/tokens_per_second"] = rate
+                values[TOKENS_PER_SECOND] = rate
                 if self._mfu:
                     values["perf/mfu"] = self._mfu(rate)
             self._append(last_update - n_updates + 1 + i, values)

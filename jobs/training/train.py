@@ -18,6 +18,7 @@ from jobs.console import Console
 from jobs.errors import ExitCode, UserError
 from jobs.lineage.code_diff import CodeDiff, code_diff
 from jobs.lineage.provenance import note_start, provenance
+from jobs.metric_names import TOKENS_PER_SECOND, TRAIN_LOSS
 from jobs.recipe import Recipe
 from jobs.runs import run_log
 from jobs.runs.lease import Lease, LeaseLostError
@@ -187,7 +188,7 @@ def _narrate(console: Console, run: RunDirectory, recipe: Recipe, mixture: Mixtu
     batch_tokens = recipe.training.batch_size * recipe.data.sequence_length
     least, most = recipe.cluster.least_workers, recipe.cluster.most_workers
     workers = f"{most}" if least == most else f"{least} to {most}"
-    where = f"{workers} Ray workers" if most else "this process"
+    where = f"{workers} Ray worker{'s' * (most > 1)}" if most else "this process"
     console.line(f"run       {run.location}")
     stated = changed_fields(recipe).items()
     console.line(f"recipe    {' '.join(f'{name}={value}' for name, value in stated)}")
@@ -288,23 +289,17 @@ def _supervise(
         finally:
             ended.set()
 
-    evaluations: dict[int, dict[str, float]] = {}
     rate: float | None = None
-    shown = newest_update(run)
     tracked: set[int] = set()
     present: set[int] = set()
 
     def show(points: list[MetricPoint]) -> None:
-        nonlocal shown, rate
+        nonlocal rate
         for point in points:
-            if "eval/bits_per_byte" in point.values:
-                evaluations[point.step] = point.values
-            else:
-                rate = point.values.get("perf/tokens_per_second", rate)  # a batch's last has it
-                nats = point.values.get("train/loss_nats_per_token")
-                if nats is not None:
-                    progress.update(point.step, nats_per_token=nats, tokens_per_second=rate)
-            shown = point.step
+            rate = point.values.get(TOKENS_PER_SECOND, rate)  # a batch's last has it
+            nats = point.values.get(TRAIN_LOSS)
+            if nats is not None:
+                progress.update(point.step, nats_per_token=nats, tokens_per_second=rate)
         if on_points:
             on_points(points)
 
@@ -316,12 +311,10 @@ def _supervise(
         folder = run if last else watched
         manifests, before = complete_checkpoints(folder), len(tracked)
         for manifest in manifests:
-            # Its evaluation is in the spool before it is committed, and shown soon after.
-            if manifest.update not in tracked and (manifest.update <= shown or last):
+            if manifest.update not in tracked:
                 where = checkpoint_store(run, manifest.update).location
                 uri = where if is_url(where) else Path(where).as_uri()
-                metrics = evaluations.get(manifest.update, {})
-                tracker.log_checkpoint(manifest.update, uri, metrics)
+                tracker.log_checkpoint(manifest.update, uri, manifest.metrics)
                 tracked.add(manifest.update)
         if last or len(tracked) > before:
             tracker.log_missing(
@@ -355,11 +348,13 @@ def _supervise(
                     console.line(
                         f"the workers were started again; they go on after update {line['update']}"
                     )
+                elif line["update"] != expected:  # the newest is damaged, as a warning has said
+                    console.line(f"going on after update {line['update']} instead")
 
     log = run_log.LogTail(run.logs, "rank-0")
     watched = RunDirectory(run.location)  # whose looks need not wait for a store
     pause = _LOOK_STORE_SECONDS if is_url(run.location) else _LOOK_SECONDS
-    groups, outage = 0, False
+    groups, outage, expected = 0, False, newest_update(run)
     with console.training(recipe.training.steps) as progress:
         tracker.attach_spool(run.metrics, show)
         threading.Thread(target=work, name="training", daemon=True).start()

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jobs.metric_names import EVAL_BITS, EVAL_LOSS
 from jobs.recipe import Recipe
 from jobs.runs import run_log
 from jobs.training.global_batch import GlobalBatch
@@ -46,8 +47,8 @@ class Validation:
         ]
         n_bytes = [split.n_bytes for split in splits]
         values = {
-            "eval/loss_nats_per_token": float(np.average(losses, weights=targets)),
-            "eval/bits_per_byte": float(np.average(bits, weights=n_bytes)),
+            EVAL_LOSS: float(np.average(losses, weights=targets)),
+            EVAL_BITS: float(np.average(bits, weights=n_bytes)),
         }
         if len(splits) > 1:
             for corpus, each in zip(self._mixture.corpora, bits, strict=True):

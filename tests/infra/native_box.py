@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,11 +21,18 @@ from typing import Any, Self
 import pytest
 
 from jobs.recipe_yaml import dump_yaml, parse_yaml
-from tests.infra.manifests import base_documents, pods
+from tests.infra.manifests import INFRA, base_documents, pods
 from tests.infra.test_compose import COMPOSE, services
 from tests.micro import write_micro
 
-_PORTS = {"objects": 4443, "postgres": 5432, "mlflow": 5000, "head": 6379}
+_PORTS = {
+    "objects": 4443,
+    "postgres": 5432,
+    "mlflow": 5000,
+    "head": 6379,
+    "schedule": 9464,
+    "prometheus": 9090,
+}
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "PYTHONPATH", "JAX_PLATFORMS", "TMPDIR")
 _START_SECONDS = 240
 
@@ -45,6 +53,7 @@ class NativeBox:
         # Ray takes those up to 19999 for its workers.
         self._secrets = folder / "secrets"
         shutil.copytree(COMPOSE, folder, dirs_exist_ok=True)
+        shutil.copy(INFRA / "alerts.yaml", folder / "prometheus")
         subprocess.run(["sh", folder / "secrets.sh"], check=True)
         (folder / "data" / "tvq").mkdir(parents=True)
         write_micro(folder)
@@ -86,6 +95,8 @@ class NativeBox:
             command = self._postgres()
         else:
             command = [self._here(part) for part in self.service(name)["command"]]
+        if name == "prometheus":
+            command = self._prometheus(command)
         command = _found(self._on_this_machine(name, command))
         with (self.folder / f"{name}.log").open("wb") as log:
             self._processes[name] = subprocess.Popen(
@@ -156,6 +167,16 @@ class NativeBox:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)["runs"]
 
+    def scraped(self) -> dict[str, int]:
+        """How many that answer Prometheus has found for each of its jobs; all rules are well."""
+        base = f"http://127.0.0.1:{self._ports['prometheus']}/api/v1"
+        with urllib.request.urlopen(f"{base}/rules", timeout=30) as answer:
+            groups = json.load(answer)["data"]["groups"]
+        assert {rule["health"] for group in groups for rule in group["rules"]} <= {"ok", "unknown"}
+        with urllib.request.urlopen(f"{base}/targets?state=active", timeout=30) as answer:
+            targets = json.load(answer)["data"]["activeTargets"]
+        return dict(Counter(each["labels"]["job"] for each in targets if each["health"] == "up"))
+
     def back_up(self) -> str:
         """Runs the two steps of the backup of infra/kubernetes; the name of what it stored."""
         [cron] = [document for document in base_documents() if document["kind"] == "CronJob"]
@@ -189,6 +210,7 @@ class NativeBox:
         for name, port in _PORTS.items():
             text = text.replace(f"{name}:{port}", f"127.0.0.1:{self._ports[name]}")
             text = re.sub(rf"(port[= ]){port}\b", rf"\g<1>{self._ports[name]}", text)
+        text = text.replace("head:8265", f"127.0.0.1:{self._ports['dashboard']}")
         text = text.replace("0.0.0.0", "127.0.0.1")
         text = text.replace("/run/secrets", str(self._secrets))
         text = text.replace("/etc/tvq/recipe.yaml", str(self.folder / "recipe.yaml"))
@@ -230,6 +252,27 @@ class NativeBox:
             *(_postgres_program("postgres"), "-D", str(data), "-k", str(data)),
             *("-h", "127.0.0.1", "-p", str(self._ports["postgres"])),
         ]
+
+    def _prometheus(self, command: list[str]) -> list[str]:
+        """No server of names is here to be asked where the containers are."""
+        path = self.folder / "prometheus" / "prometheus.yaml"
+        config = parse_yaml(path.read_text(), "prometheus.yaml")
+        at = {"ray": ("a", "b"), "schedule": ("schedule",)}
+        for job in config["scrape_configs"]:
+            del job["dns_sd_configs"]
+            names = at[job["job_name"]]
+            job["static_configs"] = [
+                {"targets": [f"127.0.0.1:{self._ports[name]}" for name in names]}
+            ]
+        path.write_text(dump_yaml(config))
+        listen = f"--web.listen-address=127.0.0.1:{self._ports['prometheus']}"
+        return [
+            _program("prometheus"),
+            *(part.replace("/etc/prometheus", str(path.parent)) for part in command
+              if "tsdb.path" not in part),
+            f"--storage.tsdb.path={self.folder / 'series'}",
+            listen,
+        ]  # fmt: skip
 
     def _wait(self, name: str) -> None:
         port = self._ports["head" if name == "worker" else name]
@@ -274,6 +317,10 @@ def _found(command: list[str]) -> list[str]:
         return [str(binary), *command]
     beside = Path(sys.executable).with_name(command[0])
     return [str(beside) if beside.exists() else command[0], *command[1:]]
+
+
+def _program(name: str) -> str:
+    return shutil.which(name) or pytest.skip(f"no {name} on this machine")
 
 
 def _postgres_program(name: str) -> str:

@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def test_secrets_are_made_once_and_lie_in_a_closed_folder(tmp_path: Path):
 @pytest.mark.ray
 @pytest.mark.tracking
 def test_the_same_processes_train_on_loopback(tmp_path: Path):
-    """Postgres, the object store, MLflow, Ray's head and a worker, as compose.yaml starts them.
+    """Postgres, the object store, MLflow, Ray's head and a worker, the daemon of the schedules and
+    Prometheus, as compose.yaml starts them: all but Grafana.
 
     Commands and environment are the file's; only names of hosts, ports and folders are put in the
     place of the containers' own.
@@ -131,3 +133,9 @@ def test_the_same_processes_train_on_loopback(tmp_path: Path):
         name = box.back_up()
         assert any(name in stored_name for stored_name in box.stored())
         assert os.environ.get("RAY_ADDRESS") is None
+        box.start("schedule")
+        box.start("prometheus")  # last: where it is not installed, all before it was seen to work
+        wanted, end = {"ray": 2, "schedule": 1}, time.monotonic() + 120
+        while (scraped := box.scraped()) != wanted:
+            assert time.monotonic() < end, scraped
+            time.sleep(1)

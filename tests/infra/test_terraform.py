@@ -86,7 +86,7 @@ def test_roles_are_narrow_and_there_are_no_keys():
 
 def test_everything_that_computes_is_spot_and_comes_from_nothing():
     pools = resources("google_container_node_pool")
-    assert len(pools) == 4
+    assert len(pools) == 2
     steady = [pool for pool in pools if pool["name"].strip('"') == "steady"]
     for pool in pools:
         [node], [scaling] = pool["node_config"], pool["autoscaling"]

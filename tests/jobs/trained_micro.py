@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from jobs import recipe as recipes
+from jobs.checkpoints import init_from
 from jobs.recipe import Recipe
 from jobs.runs import run_log
 from jobs.runs.lease import Lease
@@ -24,11 +25,12 @@ def train_micro(
     folder: Path, name: str, *overrides: str, root: Location | None = None
 ) -> RunDirectory:
     """Trains run `name` under `root`; None: `<folder>/runs`."""
-    recipe = micro_recipe(folder, *overrides)
     run = RunDirectory.at(root or folder / "runs", name)
+    asked = init_from.settle(micro_recipe(folder, *overrides), None, run.root)
+    recipe, origin = init_from.look_up(asked, run.root)
     mixture = Mixture.load(recipe.data.corpora)
     fingerprints = {split: mixture.fingerprint(split) for split in SPLITS}
-    run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe))
+    run.claim(recipes.identity(recipe), fingerprints, recipes.to_yaml(recipe), origin)
     with Lease(run).held() as lease:
         loop.train(LoopSettings(run.location, recipe, lease.owner))
     run_log.close_log()

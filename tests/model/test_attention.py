@@ -1,6 +1,7 @@
 """Every form of attention against the dense definition, in double precision."""
 
 import functools
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -220,6 +221,13 @@ def outputs_and_gradients(form, case: Case):
 @example(case=Case((5, 12), 5, 3, official_gradient=True, gradient_through_cache=False))
 @example(case=Case((8, 9), 2, 4, official_gradient=True, isolated=True, blocks_per_group=3))
 def test_forms_are_the_dense_definition(form, case):
+    check_cache(case, compare(functools.partial(in_blocks, form), dense, case))
+
+
+@every_form
+def test_one_head_is_products_of_plain_matrices_and_the_same(form, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "H", 1)
+    case = Case(pieces=(11, 1, 9), block_length=6, window=2, isolated=True, query_heads=2)
     check_cache(case, compare(functools.partial(in_blocks, form), dense, case))
 
 

@@ -162,7 +162,7 @@ def test_programs_alternate_and_are_compared_round_by_round(monkeypatch):
     peaks = [10.0, 20.0, 40.0, 50.0, 10.0, 20.0]
     gflops = iter([0.0, *peaks])  # its first call warms up
     monkeypatch.setattr(measurement._Runner, "tokens_per_second", rate)
-    monkeypatch.setattr(measurement._Peak, "gflops", lambda peak: next(gflops))
+    monkeypatch.setattr(measurement.Peak, "gflops", lambda peak: next(gflops))
     programs = [doubling(form, length) for length in (1, 2) for form in ("a", "b")]
     found = compare(programs, rounds=3, seconds=0, dtype="float32", console=Console(quiet=True))
 

@@ -15,6 +15,7 @@ from jobs.checkpoints.manifest import complete_checkpoints, newest_update
 from jobs.checkpoints.restore import restore_by_recipe
 from jobs.cli.main import run_cli
 from jobs.errors import UserError
+from jobs.runs.metric_spool import read_segment, segments
 from jobs.runs.run_directory import RunDirectory
 from model.config import ModelConfig, OptimizerConfig
 from model.sharding import abstract_state, make_mesh
@@ -76,13 +77,51 @@ def test_parameters_and_codebooks_are_the_sources_and_the_rest_is_new(
         return initial_state(recipe.model, recipe.optimizer, recipe.training.seed)
 
     mesh = make_mesh(jax.devices(), fsdp=2)
-    state = init_from.first_state(run, recipe, abstract_state(mesh, recipe.model, create))
+    state, taken = init_from.first_state(run, recipe, abstract_state(mesh, recipe.model, create))
+    assert taken
     expected = source_state(workplace, update)
     same_bits((state.params, state.codebooks), (expected.params, expected.codebooks))
     fresh = jax.jit(create)()
     same_bits(state.optimizer, fresh.optimizer)
     assert (int(state.updates), int(state.batches)) == (0, 0)
     same_bits(state.key, fresh.key)
+
+
+@pytest.mark.parametrize("place", ["source@4", "{}/source.safetensors"])
+@pytest.mark.parametrize("difference", ["model.n_codes=16", "model.quantized_keys=false"])
+def test_codebooks_of_other_shapes_begin_anew(
+    workplace: Path, place: str, difference: str, tmp_path: Path
+):
+    asked = micro_recipe(workplace, f"training.init_from={place.format(workplace)}", difference)
+    root = workplace / "runs"
+    recipe, origin = init_from.look_up(init_from.settle(asked, None, root), root)
+    run = RunDirectory.at(tmp_path, "second")
+    run.claim(recipes.identity(recipe), {}, recipes.to_yaml(recipe), origin)
+
+    def create() -> Any:
+        return initial_state(recipe.model, recipe.optimizer, recipe.training.seed)
+
+    mesh = make_mesh(jax.devices()[:1])
+    state, taken = init_from.first_state(run, recipe, abstract_state(mesh, recipe.model, create))
+    assert not taken
+    update = 4 if "@" in place else 8
+    same_bits(state.params, source_state(workplace, update).params)
+    same_bits(state.codebooks, jax.jit(create)().codebooks)
+
+
+def test_an_unquantised_model_is_quantised_from_its_own_keys(workplace: Path, tmp_path: Path):
+    """k-means over the keys of the first batch, at once as near to them as the moving averages of
+    random codebooks come after many updates."""
+    train_micro(workplace, "dense", *SHORT, "model.quantized_keys=false")
+    start = ("training.init_from=dense", *SHORT)
+    random = train_micro(workplace, "random", *start)
+    clustered = train_micro(workplace, "clustered", *start, "model.kmeans_iterations=5")
+
+    def first_error(run: RunDirectory) -> float:
+        first = read_segment(run.metrics, segments(run.metrics)[0]).points[0]
+        return first.values["codebook/relative_error"]
+
+    assert first_error(clustered) < first_error(random) / 2
 
 
 @pytest.mark.tracking
@@ -171,7 +210,7 @@ def test_the_fields_that_shape_the_arrays_are_all_of_them():
 
     def shapes(model: ModelConfig) -> dict[str, str]:
         state = jax.eval_shape(lambda: initial_state(model, OptimizerConfig(schedule_steps=10), 0))
-        leaves = jax.tree_util.tree_leaves_with_path((state.params, state.codebooks))
+        leaves = jax.tree_util.tree_leaves_with_path(state.params)
         return {jax.tree_util.keystr(path): f"{leaf.dtype}{leaf.shape}" for path, leaf in leaves}
 
     base = ModelConfig(n_heads=2)

@@ -7,10 +7,6 @@ from pathlib import Path
 import pytest
 
 from jobs.comparison.differences import (
-    EVAL_BITS,
-    EVAL_LOSS,
-    RATE,
-    TRAIN_LOSS,
     Candidate,
     Comparison,
     as_json,
@@ -23,6 +19,7 @@ from jobs.comparison.figure import plot
 from jobs.comparison.report import page
 from jobs.comparison.seed_spread import Conclusion
 from jobs.errors import UserError
+from jobs.metric_names import EVAL_BITS, EVAL_LOSS, TOKENS_PER_SECOND, TRAIN_LOSS
 from jobs.runs.metric_spool import MetricPoint, MetricSpool
 from jobs.tracking.adding import add_to_run
 from jobs.tracking.reading import find_runs
@@ -48,7 +45,10 @@ def candidates(tmp_path_factory: pytest.TempPathFactory) -> list[Candidate]:
         last = 200 - 100 * run
         spool = MetricSpool(root / name)
         for update in range(1, last + 1):
-            values = {TRAIN_LOSS: train_loss(run, update), RATE: 1000.0 * (1 + update % 3)}
+            values = {
+                TRAIN_LOSS: train_loss(run, update),
+                TOKENS_PER_SECOND: 1000.0 * (1 + update % 3),
+            }
             if run and update in (30, 31):
                 values[TRAIN_LOSS] = math.nan if update == 30 else math.inf
             if update % 50 == 0:

@@ -45,9 +45,12 @@ def test_a_loop_that_data_ends_counts_one_round_and_is_said():
     def until(x):
         return lax.while_loop(lambda x: jnp.sum(x) > 0, lambda x: x @ x, x)
 
-    cost = read_costs(text_of(until, (16, 16)))
+    text = text_of(until, (16, 16))
+    cost = read_costs(text)
     assert cost.flops == 2 * 16**3
     assert cost.open_loops == 1
+    told = read_costs(text, 7)
+    assert (told.flops, told.open_loops) == (7 * cost.flops, 0)
 
 
 def test_traffic_of_a_loop_over_slices_is_that_of_the_slices():

@@ -15,12 +15,15 @@ from jobs.errors import UserError
 from jobs.planning import compilations
 from jobs.planning import report as plan_report
 from jobs.planning.attention import compare_forms
+from jobs.planning.changes import possible_changes, with_changes
 from jobs.planning.chips import CHIPS, devices_of, read_target
 from jobs.planning.compilations import compile_for
-from jobs.planning.plan import Plan, _changes, bytes_wanted, plan, with_changes
+from jobs.planning.forecast import forecast, refuse_what_does_not_fit
+from jobs.planning.plan import Plan, bytes_wanted, plan
 from jobs.planning.prices import read_prices
+from model.config import ConfigError
 from model.counts import flops_per_token, parameter_count
-from tests.micro import RECIPE
+from tests.micro import RECIPE, write_micro
 
 pytestmark = pytest.mark.timeout(900)  # three programs are compiled: 27 s of a core
 
@@ -113,6 +116,16 @@ def test_hours_and_money_follow_from_the_time_of_a_batch(planned: Plan):
     assert planned.money.devices == pytest.approx(planned.hours * 2 * price.devices["cpu"].price)
 
 
+def test_of_written_tokens_each_costs_a_round_of_the_loop(planned: Plan, micro: recipe.Recipe):
+    """A token reads the parameters of its products, and the caches; what is made once before the
+    first one is shared by all."""
+    parameters = 4 * parameter_count(micro.model).trained
+    assert planned.decode_seconds
+    moved = planned.decode_seconds * planned.target.chip.bandwidth
+    assert parameters < moved < 20 * parameters
+    assert planned.open_loops == 0
+
+
 def test_the_second_time_the_compiler_is_not_asked(
     planned: Plan, micro: recipe.Recipe, monkeypatch: pytest.MonkeyPatch
 ):
@@ -141,7 +154,7 @@ def test_a_gpu_is_planned_with_the_cpus_compiler_and_says_so(
 def test_what_could_make_it_fit_is_the_least_change_first(planned: Plan, micro: recipe.Recipe):
     assert planned.needed
     tight = dataclasses.replace(planned, memory_available=int(0.9 * planned.needed))
-    wanted = list(_changes(micro, tight))
+    wanted = list(possible_changes(micro, tight))
     assert wanted[0] == {"cluster.fsdp": 2}  # the state alone is more than a third
     assert wanted[1] == {"cluster.fsdp": 2, "model.remat": True}
     assert wanted[2] == {"cluster.fsdp": 2, "model.remat": True, "training.accumulate": 2}
@@ -173,6 +186,7 @@ def test_a_recipes_own_cluster_is_planned_for_unless_told_otherwise(micro: recip
         accelerator="tpu", accelerator_version="v5e", topology="4x4", workers=4
     )
     assert devices_of(slice_) == "v5e:4x4"
+    assert devices_of(recipe.ClusterConfig(workers=(2, 8))) == "cpu:2"  # each holds the most
     for cluster in (
         dataclasses.replace(slice_, workers=8),
         recipe.ClusterConfig(accelerator="gpu", workers=8),
@@ -202,7 +216,7 @@ def test_devices_that_are_none_are_refused(on: str, said: str):
 
 
 def test_a_mesh_that_is_not_the_devices_is_refused(micro: recipe.Recipe):
-    with pytest.raises(UserError, match="must make the 2 devices of cpu:2, got 1 x 1 x 1"):
+    with pytest.raises(ConfigError, match=r"--on: cpu:2 it is, and .* 1 x 1 x 1 does not make 2"):
         plan(with_changes(micro, {"cluster.data": 1}), "cpu:2")
 
 
@@ -225,25 +239,6 @@ def test_a_mesh_that_the_model_cannot_be_on_is_refused_in_a_line(micro: recipe.R
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ("{price: 1.20", "{price: cheap", "devices.v5e: expected {price: NUMBER"),
-        ("currency: USD", "curency: USD", "expected currency, devices"),
-        ("as_of: 2025-06-01, source: \"Cloud Storage pricing page, Standard", "source: \"x",
-         "storage_gb_month"),
-    ],
-)  # fmt: skip
-def test_a_price_file_with_a_mistake_is_refused(tmp_path: Path, old: str, new: str, said: str):
-    text = (Path(compilations.__file__).parent / "prices.yaml").read_text(encoding="utf-8")
-    assert old in text
-    path = tmp_path / "mine.yaml"
-    path.write_text(text.replace(old, new), encoding="utf-8")
-    with pytest.raises(UserError, match=said) as refused:
-        read_prices(path)
-    assert str(path) in str(refused.value)
-
-
 def test_prices_of_ones_own_are_taken(planned: Plan, micro: recipe.Recipe, tmp_path: Path):
     text = (Path(compilations.__file__).parent / "prices.yaml").read_text(encoding="utf-8")
     path = tmp_path / "mine.yaml"
@@ -257,6 +252,8 @@ def test_prices_of_ones_own_are_taken(planned: Plan, micro: recipe.Recipe, tmp_p
 def test_the_compilers_words_are_read():
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.31G of 15.75G hbm."
     assert bytes_wanted(said) == int(22.31 * 2**30)
+    said = "RESOURCE_EXHAUSTED: the total memory required (335.31G) exceeds available HBM (31.25G)."
+    assert bytes_wanted(said) == int(335.31 * 2**30)
     assert bytes_wanted("RESOURCE_EXHAUSTED: something else") is None
 
 
@@ -307,6 +304,40 @@ def test_what_does_not_fit_is_refused_with_the_change_that_fits(planned: Plan):
     assert plan_report.cheapest([small]) == planned
     _, [row] = plan_report.comparison_table([small])
     assert row[1] == "with training.accumulate=2 model.remat=true"
+
+
+def test_a_dry_run_says_what_the_compiler_has_said(
+    planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    without_a_compiler(monkeypatch)
+    write_micro(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "micro.yaml", "data.corpus=corpus", "cluster.workers=2", "--dry-run"]
+    assert run_cli([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["plan"]
+    assert (told["fits"], told["memory_needed_bytes"]) == (True, planned.needed)
+    assert run_cli(command) == 0
+    assert "plan        cpu:2: fits, " in capsys.readouterr().out
+    # Another program, of which nothing is known: it is said, and nothing is compiled.
+    assert run_cli([*command, "training.batch_size=8"]) == 0
+    assert "plan        of cpu:2 not made yet: `tvq plan`" in capsys.readouterr().out
+
+
+def test_what_is_known_not_to_fit_is_not_submitted(
+    planned: Plan, micro: recipe.Recipe, monkeypatch: pytest.MonkeyPatch
+):
+    without_a_compiler(monkeypatch)
+    two = with_changes(micro, {"cluster.workers": 2})
+    console = Console(quiet=True)
+    refuse_what_does_not_fit(forecast(two, console, compiles=True).plan)
+    refuse_what_does_not_fit(None)
+    assert planned.needed
+    target = read_target("cpu:2")
+    small = target._replace(chip=target.chip._replace(memory=planned.needed - 1))
+    monkeypatch.setattr("jobs.planning.plan.read_target", lambda text: small)
+    with pytest.raises(UserError, match=r"cpu:2: does not fit, needs .*; nothing was sent"):
+        refuse_what_does_not_fit(forecast(two, console, compiles=True).plan)
 
 
 # ---- TPUs that are not there ---------------------------------------------------------------------

@@ -20,10 +20,11 @@ from jobs.lineage.origins import lineage, lineage_command
 from jobs.lineage.provenance import noted_starts, provenance
 from jobs.lineage.reproduce import reproduce_command
 from jobs.lineage.reproduction import open_points
+from jobs.metric_names import EVAL_BITS
 from jobs.registry import promote as promotions
 from jobs.registry import register as registration
 from jobs.registry.promote import Promotion, promote
-from jobs.registry.promotion import METRICS, Decision
+from jobs.registry.promotion import Decision
 from jobs.registry.register import Registered, register
 from jobs.registry.registered_model import CHAMPION, RECORD, ModelFolder
 from jobs.registry.scored_version import scored
@@ -113,7 +114,7 @@ def test_a_version_is_a_copy_that_mlflow_points_to(
         assert found.run_id == record.mlflow_run_id
         assert found.tags["tvq.run_key"] == record.run_key
         assert found.tags["tvq.update"] == str(update)
-        sums = json.loads(found.tags["tvq.leaf_sums"])
+        sums = version.sums
         assert sums == {k: v for k, v in manifest_of(run, update).sums.items() if k in sums}
         assert any(".codebooks" in name for name in sums)
         for split, fingerprint in record.fingerprints.items():
@@ -177,7 +178,7 @@ def test_another_validation_split_is_refused(
     assert champion
     candidate = folder.version(3 - champion)
     other = dataclasses.replace(candidate, fingerprints={"validation": "0" * 64})
-    decision = promotions._compared(folder, other, folder.version(champion), METRICS[0], 0, QUIET)
+    decision = promotions._compared(folder, other, folder.version(champion), EVAL_BITS, 0, QUIET)
     assert decision.outcome == "refused"
     assert "different validation splits" in decision.why
 

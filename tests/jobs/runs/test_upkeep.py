@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.checkpoints.manifest import CheckpointManifest, commit
+from jobs.checkpoints.manifest import FORMAT_VERSION, CheckpointManifest, commit
 from jobs.cli.main import run_cli
 from jobs.runs import run_log
 from jobs.runs.garbage import find_garbage, remove_garbage
@@ -33,14 +33,16 @@ def claimed(root: Path, name: str, hours_ago: float = 0) -> RunDirectory:
     return run
 
 
-def checkpoint(run: RunDirectory, update: int, *, complete: bool = True) -> None:
+def checkpoint(
+    run: RunDirectory, update: int, *, complete: bool = True, version: int = FORMAT_VERSION
+) -> None:
     state = run.path / "checkpoints" / f"{update:08d}" / "state"
     state.mkdir(parents=True)
     (state / "array").write_bytes(bytes(1000))
     if complete:
         commit(
             run,
-            CheckpointManifest(2, update, 1, "recipe", 1, {}, {}, {}, {"array": 1000}),
+            CheckpointManifest(version, update, 1, "recipe", 1, {}, {}, {}, {"array": 1000}),
             lambda: None,
         )
 
@@ -108,13 +110,27 @@ def test_garbage_is_what_no_training_will_use_and_is_removed_only_when_told(
 def test_what_a_training_took_up_meanwhile_stays(root: Path):
     run = claimed(root, "taken-up", 30)
     busy = claimed(root, "busy", 30)
-    found = find_garbage(root, 24 * HOURS, time.time())
+    found = find_garbage(root, 24 * HOURS, time.time(), left_alone=pytest.fail)
     assert {garbage.name for garbage in found} == {"taken-up", "busy"}
     checkpoint(run, 10)
     with Lease(busy).held():
         remove_garbage(root, found)
     assert run.record()
     assert busy.record()
+
+
+def test_a_run_of_a_newer_tvq_is_left_and_the_others_are_not(
+    root: Path, capsys: pytest.CaptureFixture[str]
+):
+    newer = claimed(root, "newer", 30)
+    checkpoint(newer, 10, version=FORMAT_VERSION + 1)
+    checkpoint(newer, 20, complete=False)
+    claimed(root, "orphan", 30)
+    before = {path for path in newer.path.rglob("*") if path.is_file()}
+    assert gc(capsys, root, "--yes") == {("run without a checkpoint", "orphan")}
+    assert {path for path in newer.path.rglob("*") if path.is_file()} == before
+    assert run_cli(["gc", "--root", str(root)]) == 0
+    assert "warning: run newer is left as it is: " in capsys.readouterr().err
 
 
 def lines_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:

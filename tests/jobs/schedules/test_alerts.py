@@ -1,6 +1,7 @@
 """Who is told of a failure and of the first success after it, and what becomes of a bad hook."""
 
 import json
+import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -78,6 +79,27 @@ def test_webhook(webhook, monkeypatch):
     with pytest.raises(AlertError, match="answered 500") as error:
         send(Hook(webhook="env:TVQ_TEST_HOOK"), {})
     assert "secret" not in str(error.value)
+
+
+def test_failure_and_recovery_are_posted(tmp_path: Path, webhook):
+    url, got = webhook
+    add(tmp_path, alert=Hook(webhook=f"{url}/hook"))
+    clock = Clock()
+    cluster = Cluster(clock)
+    cluster.ends[f"nightly-{hours(2)[0]}"] = "failed"
+    run(Scheduler(tmp_path, cluster, clock=clock), clock, timedelta(hours=4, minutes=5))
+    events = [json.loads(body) for _, body in got]
+    assert [(event["event"], event["tick"]) for event in events] == [
+        ("failure", hours(2)[0]),
+        ("recovery", hours(3)[0]),
+    ]
+
+
+def test_a_command_is_no_line_of_shell(tmp_path: Path):
+    given = tmp_path / "given"
+    code = "import sys; open(sys.argv[1], 'w').write(sys.argv[2] + sys.stdin.read())"
+    send(Hook(command=(sys.executable, "-c", code, str(given), "$(id);")), {"event": "failure"})
+    assert given.read_text() == '$(id);{"event": "failure"}\n'
 
 
 @pytest.mark.parametrize(

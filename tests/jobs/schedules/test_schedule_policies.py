@@ -212,12 +212,17 @@ def test_one_schedule_that_is_damaged_does_not_stop_the_others(tmp_path: Path):
     folder = add(tmp_path)
     (tmp_path / "schedules" / "broken").mkdir()
     (tmp_path / "schedules" / "broken" / "schedule.json").write_text('{"alert": null, "x": 1}')
+    torn = add(tmp_path, "torn")
+    torn.tick(hours(1)[0]).create("lease.json", b"{}")
+    torn.tick(hours(1)[0]).write("result.json", b'{"outco')
     clock = Clock(BEGIN + timedelta(minutes=61))
     said: list[str] = []
     scheduler = Scheduler(tmp_path, Cluster(clock), clock=clock, warn=said.append)
     for _ in range(3):
         scheduler.step()
     assert outcomes(folder) == {hours(1)[0]: "succeeded"}
-    [line] = said
-    assert "damaged" in line
-    assert [folder.name for folder in list_schedules(tmp_path)] == ["broken", "nightly"]
+    damaged, torn_file = said  # once each, however often it is looked at
+    assert damaged.startswith("broken: ")
+    assert "schedule.json: damaged" in damaged
+    assert torn_file.startswith(f"torn: a damaged file in {tmp_path}/ticks/torn")
+    assert [folder.name for folder in list_schedules(tmp_path)] == ["broken", "nightly", "torn"]

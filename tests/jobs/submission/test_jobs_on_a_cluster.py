@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from jobs.checkpoints.manifest import newest_update
 from jobs.cli.main import run_cli
 from jobs.runs.run_directory import RunDirectory, list_runs
+from tests.jobs.submission.relay import Relay
 from tests.micro import RECIPE, write_micro
 from tests.ray_head import RayHead, ray_head
 
@@ -138,9 +140,69 @@ def test_ctrl_c_detaches_stop_saves_and_the_same_command_resumes(head, workplace
     assert newest_update(run) == saved + 4
 
 
+def test_a_job_that_no_node_has_room_for_says_so(head, workplace):
+    follower = subprocess.Popen(
+        [*TVQ, "submit", "./micro.yaml", "data.corpus=corpus", "--run", "roomless",
+         "--driver-resource", "unobtainium=1", "--address", head.url],
+        cwd=workplace, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    assert follower.stdout is not None
+    while "has not begun: " not in (line := follower.stdout.readline()):
+        assert line
+    assert "waiting for resources" in line
+    follower.send_signal(signal.SIGINT)
+    assert "detached" in follower.communicate()[0]
+    assert follower.returncode == 130
+
+
 def test_a_secret_that_the_cluster_lacks_ends_the_job(head, workplace):
     output = submit(head, workplace, "poor", "--secret", "NOWHERE_SET", code=2)
     assert "error: NOWHERE_SET: not set on this cluster" in output
+
+
+FOLLOWED = """
+import io, sys, zipfile
+from jobs.submission.ray_jobs import RayJobs
+
+package = io.BytesIO()
+with zipfile.ZipFile(package, "w") as archive:
+    archive.writestr("lines.py", sys.argv[2])
+jobs = RayJobs(sys.argv[1])
+assert jobs.submit("lines", "python -u lines.py", package=package.getvalue(),
+                   variables={}, metadata={})
+
+def write(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+assert jobs.follow("lines", write).status == "SUCCEEDED"
+"""
+LINES = """
+import time
+for k in range(60):
+    print(f"line {k}, wörtlich")
+    time.sleep(0.3)
+"""
+
+
+def test_a_connection_that_breaks_is_made_again_and_no_line_is_lost_or_repeated(head, workplace):
+    with Relay(int(head.url.rpartition(":")[2])) as relay:
+        follower = subprocess.Popen(
+            [sys.executable, "-P", "-c", FOLLOWED, f"http://127.0.0.1:{relay.port}", LINES],
+            cwd=workplace, env=head.environment, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert follower.stdout is not None
+        seen = []
+        for line in follower.stdout:
+            seen.append(line.strip())
+            if seen[-1].startswith(("line 5,", "line 30,")):
+                relay.cut()
+                time.sleep(5)
+                relay.mend()
+        assert follower.wait() == 0
+    numbered = [line for line in seen if line.startswith("line ")]
+    assert numbered == [f"line {k}, wörtlich" for k in range(60)]
 
 
 LAUNCHED_TWICE = """

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import venv
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from jobs import recipe as recipes
+from jobs.cli.main import run_cli
 from jobs.console import Console
-from jobs.errors import UserError
+from jobs.errors import ExitCode, UserError
 from jobs.submission.job_failure import failure
 from jobs.submission.submit import Request, settled, submit_command
 from jobs.submission.wheel import built_wheel
@@ -82,7 +84,8 @@ def dry(capsys, **fields) -> str:
     return capsys.readouterr().out
 
 
-def test_a_secret_is_passed_by_name_alone(monkeypatch, capsys):
+def test_a_secret_is_passed_by_name_alone(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TVQ_PLAN_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN", "hunter2")
     monkeypatch.setenv("LANG", "C.UTF-8")
     with pytest.raises(UserError, match="--env HF_TOKEN: looks like a secret"):
@@ -91,9 +94,33 @@ def test_a_secret_is_passed_by_name_alone(monkeypatch, capsys):
         dry(capsys, variables=("NOWHERE_SET",))
     shown = dry(capsys, variables=("LANG", "DEPTH=3"), secrets=("HF_TOKEN",))
     assert "LANG, DEPTH" in shown
+    assert re.search(r"^plan .* of cpu:2 not made yet: `tvq plan`", shown, re.MULTILINE)
     assert "HF_TOKEN to be set on the cluster" in shown
     assert "hunter2" not in shown
     assert "C.UTF-8" not in shown
+
+
+@pytest.mark.parametrize(
+    ("address", "more", "expected"),
+    [
+        ("127.0.0.1:8265", [], "expected the URL of a Ray cluster's dashboard"),
+        ("ray://127.0.0.1:10001", [], "expected the URL of a Ray cluster's dashboard"),
+        ("http://head:port", [], "expected the URL of a Ray cluster's dashboard"),
+        ("http://me:hunter2@head:8265", [], "holds a user or password"),
+        ("http://127.0.0.1:9", ["data.corpus=null"], "data.corpus: no corpus given"),
+        ("http://127.0.0.1:9", ["--driver-resource", "x"], "expected NAME=AMOUNT"),
+        ("http://127.0.0.1:9", ["--run", "a b"], "run name 'a b': expected letters"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anybody_is_asked(capsys, address, more, expected):
+    command = ["submit", "tiny", "data.corpus=gs://b/books", *more, "--address", address]
+    tracking = ["tracking.uri=https://mlflow.example", "--root", "gs://b/runs"]
+    assert run_cli([*command, *tracking]) == ExitCode.USER
+    said = capsys.readouterr()
+    [line] = said.err.splitlines()
+    assert expected in line
+    assert "hunter2" not in line
+    assert said.out == ""
 
 
 def test_the_wheel_is_the_packages_and_nothing_else():

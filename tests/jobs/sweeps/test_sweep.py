@@ -1,6 +1,7 @@
 """Sweeps: what a file spans, what the figures say, and one that is killed half-way."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -63,6 +64,11 @@ def test_what_a_file_spans(workplace: Path):
     ("change", "expected"),
     [
         (("space:", "spaces:"), "did you mean space?"),
+        (("name: rates", "name: ../up"), "name: expected letters"),
+        (("[16, 32]", "[16, 32, 16]"), "model.window: names a value twice"),
+        (("=corpus", "=corpus model.n_layerz=2"), "sweep rates.yaml: recipe ./micro.yaml: model"),
+        (("data.corpus=corpus", ""), "data.corpus: no corpus given"),
+        (("=corpus", "=nowhere"), "nowhere: there is no such folder"),
         (("[16, 32]", "[16, wide]"), "model.window: input should be"),
         (("model.window", "model.windo"), "did you mean window?"),
         (("[16, 32]", "{integers: [16, 32]}"), "expected a list of values, got"),
@@ -120,6 +126,20 @@ def test_seeds_that_did_not_end_with_both_are_not_compared():
     assert second == "second    +0.5000; no seed was trained to its end with both"
 
 
+def test_a_configuration_that_became_unstable_with_one_seed_is_not_the_best():
+    found = ranked(trials({"x": [1.0, math.inf], "y": [2.0, 2.2], "w": [None, None]}))
+    assert [one.values["a.b"] for one in found] == ["y", "x", "w"]
+    assert [row[1:4] for row in table(found)[1]] == [
+        ["2.1000", "0.8294 to 3.3706", "2"],
+        ["unstable", "-", "1"],
+        ["stopped early", "-", "0"],
+    ]
+    best, unstable, more = ranking_lines(found, Path("runs"))
+    assert best.startswith("best      a.b=y: 2.1000")
+    assert unstable == "unstable  1 of 3: no update could be applied"
+    assert more == "more      tvq compare y-s0 y-s1 --root runs"
+
+
 def test_nothing_that_was_trained_to_its_end():
     assert ranking_lines(ranked(trials({"x": [None]})), Path("runs")) == [
         "no training was done to its end"
@@ -130,12 +150,24 @@ def test_nothing_that_was_trained_to_its_end():
 @pytest.mark.timeout(1500)
 def test_a_sweep_of_eight_that_is_killed_half_way_goes_on(workplace: Path, capsys):
     root = workplace / "runs"
-    sweep = subprocess.Popen([*TVQ, "sweep", "rates.yaml"], stdout=subprocess.DEVNULL)
-    while len(done := list(root.glob("rates-*/closed.json"))) < 3:
-        assert sweep.poll() is None, "it was over before it could be killed"
-        time.sleep(0.2)
-    os.kill(sweep.pid, signal.SIGKILL)
-    sweep.wait()
+
+    def end_when(n_done: int, how: signal.Signals) -> tuple[int, str, list[Path]]:
+        sweep = subprocess.Popen(
+            [*TVQ, "sweep", "rates.yaml"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        while len(done := list(root.glob("rates-*/closed.json"))) < n_done:
+            assert sweep.poll() is None, "it was over before it could be ended"
+            time.sleep(0.2)
+        os.kill(sweep.pid, how)
+        _, errors = sweep.communicate()
+        return sweep.returncode, errors, done
+
+    code, errors, _ = end_when(1, signal.SIGINT)
+    assert code == ExitCode.INTERRUPTED
+    said = "interrupted; what was done is kept, the same command goes on"
+    assert errors.strip() == said  # on a terminal ^C stands before it, so it begins a line
+    _, _, done = end_when(4, signal.SIGKILL)
     before = {path: path.stat().st_mtime_ns for path in done}
     ended = subprocess.run(
         [*TVQ, "sweep", "rates.yaml", "--json"], capture_output=True, text=True, check=False
@@ -147,19 +179,43 @@ def test_a_sweep_of_eight_that_is_killed_half_way_goes_on(workplace: Path, capsy
     assert all(trial["bits_per_byte"] for one in ranking for trial in one["trials"])
     means = [one["mean"] for one in ranking]
     assert means == sorted(means)
-    # Three were done: none of them was touched.
+    # Four were done: none of them was touched.
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert len(list(root.glob("rates-*/closed.json"))) == 8
     under = children(embedded_store(root), "tvq", "rates")
     assert len({run["name"] for run in under}) == len(under) == 8
     assert {run["status"] for run in under} == {"FINISHED"}
-    # Again: all is done, the answer is the same.
+    # Again: all is done, the answer is the same, and its report says how sure it is.
     assert run_cli(["sweep", "rates.yaml", "--json"]) == ExitCode.OK
     assert json.loads(capsys.readouterr().out)["ranking"] == ranking
+    assert run_cli(["sweep", "rates.yaml"]) == ExitCode.OK
+    best, second, more = capsys.readouterr().out.splitlines()[-3:]
+    assert f"{ranking[0]['mean']:.4f} bits per byte on the whole validation split" in best
+    assert f"{means[1] - means[0]:+.4f} (95% of " in second
+    assert "over 2 seeds): " in second
+    # The comparison that it names is one.
+    command = more.removeprefix("more      tvq ").split()
+    assert command[0] == "compare"
+    assert run_cli([*command, "--json"]) == ExitCode.OK
+    compared = capsys.readouterr().out
+    assert all(trial["run"] in compared for one in ranking[:2] for trial in one["trials"])
     # Another file under the same name is refused.
     (workplace / "rates.yaml").write_text(SWEEP.replace("[16, 32]", "[16]"))
     assert run_cli(["sweep", "rates.yaml"]) == ExitCode.USER
     assert "was begun with another file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_values_that_ruin_a_training_do_not_end_the_sweep(workplace: Path, capsys):
+    text = SWEEP.replace("[3e-3, 1e-2]", "[1e30, 1e-2]").replace("[16, 32]", "[16]")
+    (workplace / "rates.yaml").write_text(text)
+    assert run_cli(["sweep", "rates.yaml", "--json"]) == ExitCode.OK
+    good, bad = json.loads(capsys.readouterr().out)["ranking"]
+    assert good["mean"] < 8
+    assert not good["unstable"]
+    assert bad["values"]["optimizer.learning_rate"] == 1e30
+    assert bad["unstable"]
 
 
 @pytest.mark.slow

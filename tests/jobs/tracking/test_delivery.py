@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.metric_names import TRAIN_TOKENS
 from jobs.runs.metric_spool import MetricPoint, MetricSpool, segments
-from jobs.tracking.delivery import TOKENS_METRIC, Delivery, Measurement, Refusal
+from jobs.tracking.delivery import Delivery, Measurement, Refusal
 
 
 class Memory:
@@ -141,7 +142,7 @@ def test_nothing_is_acknowledged_or_referred_to_before_it_was_shown_and_sent(
 def test_only_steps_above_the_marks_are_sent_for_each_metric(
     memory: Memory, said: list[str], tmp_path: Path
 ):
-    memory.marks = {"m0": 5, TOKENS_METRIC: 7}
+    memory.marks = {"m0": 5, TRAIN_TOKENS: 7}
     delivery = Delivery(memory, said.append)
     delivery.start()
     write(tmp_path, range(1, 11), names=2)
@@ -150,7 +151,7 @@ def test_only_steps_above_the_marks_are_sent_for_each_metric(
     assert delivery.finish("FINISHED", 30.0)
     assert memory.steps("m0") == list(range(6, 13))
     assert memory.steps("m1") == list(range(1, 13))
-    assert memory.steps(TOKENS_METRIC) == list(range(8, 13))
+    assert memory.steps(TRAIN_TOKENS) == list(range(8, 13))
 
 
 def test_marks_are_asked_for_once_the_destination_answers(

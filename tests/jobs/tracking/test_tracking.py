@@ -226,6 +226,9 @@ def test_a_checkpoint_is_a_model_by_reference_and_its_metrics_stay_single(
 
 def test_a_deleted_checkpoint_is_marked_and_an_evaluation_is_linked_to_its_own(store: Store, start):
     tracker = start()
+    corpora = {"training": ("c-train", "a" * 64), "evaluation": ("c-validation", "b" * 64)}
+    for context, (name, fingerprint) in corpora.items():
+        tracker.log_corpus(name, fingerprint, "/c", {}, {"tokens": "integer"}, context)
     for update in (10, 20, 30):
         tracker.log_checkpoint(update, f"file:///{update}", {"eval/bits_per_byte": 1.0})
     tracker.log_present({20, 30})
@@ -242,10 +245,19 @@ def test_a_deleted_checkpoint_is_marked_and_an_evaluation_is_linked_to_its_own(s
     assert [one.key for one in models()[10].metrics or []] == ["eval/bits_per_byte"]
     mark_deleted_in(store.uri, run_id, {10, 30})
     assert deleted() == {20}
+    values = {"test/bits_per_byte": 2.0, "eval/bits_per_byte": 9.0}
     for _ in range(2):
-        add_to_run(store.uri, run_id, {"test/bits_per_byte": 2.0, "eval/bits_per_byte": 9.0}, 30)
-    values = {one.key: (one.value, one.step) for one in models()[30].metrics or []}
+        add_to_run(store.uri, run_id, values, 30, ("c-test", "c" * 64))
+    found = models()[30]
+    values = {one.key: (one.value, one.step) for one in found.metrics or []}
     assert values == {"eval/bits_per_byte": (1.0, 30), "test/bits_per_byte": (2.0, 30)}
+    measured_on = {one.key: (one.dataset_name, one.dataset_digest) for one in found.metrics or []}
+    assert measured_on == {
+        "eval/bits_per_byte": ("c-validation", "b" * 36),
+        "test/bits_per_byte": ("c-test", "c" * 36),
+    }
+    assert found.tags["tvq.corpus.training"] == f"c-train {'a' * 36}"
+    assert found.tags["tvq.corpus.evaluation"] == f"c-validation {'b' * 36}"
     assert "test/bits_per_byte" not in {one.key for one in models()[20].metrics or []}
     assert history(store.uri, run_id, "test/bits_per_byte") == [(30, 2.0)]
     add_artifact(store.uri, run_id, "plots/x.png", b"picture")

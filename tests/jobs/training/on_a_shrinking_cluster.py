@@ -23,12 +23,12 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # halves the com
 from ray.cluster_utils import Cluster
 
 from jobs import recipe as recipes
-from jobs.checkpoints.manifest import newest_update
+from jobs.checkpoints.manifest import complete_checkpoints, newest_update
 from jobs.cluster.ray_session import ray_session
 from jobs.console import Console
 from jobs.errors import UserError
 from jobs.runs import run_log
-from jobs.runs.run_directory import RunDirectory
+from jobs.runs.run_directory import RunDirectory, list_runs
 from jobs.training.train import train
 from tests.micro import write_micro
 
@@ -38,14 +38,27 @@ MEMORY: dict[str, Any] = {"object_store_memory": 80 * 2**20}
 class Place:
     """The cluster, and the run that is trained on it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, head_cpus: int):
         self.run = RunDirectory(folder / "runs" / "moved")
-        head = {"num_cpus": 0, "include_dashboard": False, **MEMORY}
+        head = {"num_cpus": head_cpus, "include_dashboard": False, **MEMORY}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self.add_node(), self.add_node()]
 
     def add_node(self) -> Any:
         return self.cluster.add_node(num_cpus=1, **MEMORY)
+
+    def node_of(self, rank: int) -> Any:
+        """Where the newest group's worker of that rank runs: its raylet has started it."""
+        worker = run_log.events(self.run.logs, f"rank-{rank}", "group start")[-1]["worker_pid"]
+        raylet = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+        nodes: list[Any] = [self.cluster.head_node, *self.nodes]
+        [node] = [
+            node
+            for node in nodes
+            # One that was lost has none left.
+            if raylet in [each.process.pid for each in node.all_processes.get("raylet", ())]
+        ]
+        return node
 
     def announce(self, node: Any, seconds: float) -> None:
         """Says that the node is taken away in so many seconds, as a cloud does."""
@@ -90,14 +103,28 @@ def elastic(place: Place) -> None:
     place.run.request_stop(True)
 
 
-WORKERS = {"preempted": "2", "elastic": "[1,2]"}
+def spread(place: Place) -> None:
+    """Two workers on three nodes, the driver's included: one that holds a worker is lost."""
+    place.wait_for_update(8)
+    held = [place.node_of(rank) for rank in (0, 1)]
+    assert held[0] is not held[1], "both workers lie on one node"
+    lost = next(node for node in held if node is not place.cluster.head_node)
+    place.cluster.remove_node(lost, allow_graceful=False)
+    place.wait("a new group", lambda: len(place.starts(1)) == 2)
+    again = [place.node_of(rank) for rank in (0, 1)]
+    assert again[0] is not again[1]
+    assert lost not in again
+
+
+WORKERS = {"preempted": "2", "elastic": "[1,2]", "spread": "2"}
+STEPS = {"preempted": 100_000, "elastic": 100_000, "spread": 800}
 
 
 def main(folder: Path, scenario: str) -> None:
     corpus, micro = write_micro(folder)
-    place = Place(folder)
+    place = Place(folder, head_cpus=int(scenario == "spread"))
     overrides = (
-        f"data.corpus={corpus}", "training.steps=100000", "checkpoint.every=8",
+        f"data.corpus={corpus}", f"training.steps={STEPS[scenario]}", "checkpoint.every=8",
         "training.evaluate_every=1000", f"cluster.workers={WORKERS[scenario]}",
         "cluster.resize_seconds=5", "cluster.start_timeout_seconds=240",
     )  # fmt: skip
@@ -119,9 +146,14 @@ def main(folder: Path, scenario: str) -> None:
             ended["problem"] = traceback.format_exc()
             place.run.request_stop(True)
         thread.join()
+        if scenario == "spread" and not ended["problem"]:
+            train(recipe, root=folder / "runs", name="calm", console=Console(quiet=True))
     place.cluster.shutdown()
     ends = run_log.events(place.run.logs, "rank-0", "group end")
     ended["newest"] = newest_update(place.run)
+    ended["sums"] = [
+        complete_checkpoints(run)[-1].sums for run in list_runs(folder / "runs") if run.record()
+    ]
     ended["ends"] = [[end["update"], end["stopped"]] for end in ends]
     ended["starts"] = [[start["update"] for start in place.starts(rank)] for rank in (0, 1)]
     print(json.dumps(ended))

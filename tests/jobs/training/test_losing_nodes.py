@@ -55,3 +55,15 @@ def test_an_elastic_group_shrinks_and_grows_and_loses_nothing_when_it_grows(tmp_
     assert first[1] < first[2] < stopped[0] == seen["newest"]
     assert stopped[1] == "REQUESTED"
     assert seen["code"] == ExitCode.PREEMPTED
+
+
+def test_a_node_is_lost_and_the_training_ends_on_the_others_as_if_none_had_been(tmp_path):
+    """Three raylets, a group of two workers spread over two of them."""
+    seen = trained(tmp_path, "spread")
+    assert "code" not in seen, seen["message"]
+    first, second = seen["starts"]
+    assert first == second
+    assert len(first) == 2
+    assert 0 == first[0] < first[1] < seen["newest"] == 800
+    calm, moved = seen["sums"]
+    assert moved == calm

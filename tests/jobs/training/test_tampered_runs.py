@@ -128,6 +128,7 @@ def test_a_training_goes_on_from_the_last_good_one_and_says_so(
     assert run_cli([*train, "training.steps=12"]) == 0
     said = said_of(capfd)
     assert "checkpoint is damaged and skipped: " in said
+    assert "going on after update 4 instead" in said
     assert words in said
     assert newest_update(run) == 12
     again = complete_checkpoints(run)
