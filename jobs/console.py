@@ -6,6 +6,7 @@ plain lines without escape codes, never wrapped, with a progress line every ten 
 
 import json
 import math
+import re
 import sys
 import time
 from collections import deque
@@ -269,12 +270,15 @@ def _rich_console(stream: TextIO) -> RichConsole:
     return RichConsole(file=stream, force_terminal=terminal, markup=False, highlight=False)
 
 
+# With its time zone, or without.
+_CRON = re.compile(r"\S+( [\w*,/-]+){4,5}")
+
+
 def _is_number(cell: str) -> bool:
-    head, _, unit = cell.partition(" ")
-    head = head.replace(",", "").rstrip("%")
+    head = cell.partition(" ")[0].replace(",", "").rstrip("%")
     if cell in ("", "-"):
         return True
-    if " " in unit:  # a cron expression, say
+    if _CRON.fullmatch(cell):
         return False
     try:
         float(head)
