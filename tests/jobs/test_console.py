@@ -252,7 +252,8 @@ def test_interrupting_a_stage_leaves_the_terminal_usable():
 @pytest.mark.parametrize(
     ("cell", "is_number"),
     [("0 to 63", True), ("1.773 to 2.011", True), ("9.18 GiB", True), ("45.2%", True), ("-", True),
-     ("0 2 * * *", False), ("0 2 * * * Europe/Berlin", False), ("30 2 1 1 1", False), ("vq-cache", False)],
+     ("0 2 * * *", False), ("0 2 * * * Europe/Berlin", False), ("30 2 1 1 1", False),
+     ("vq-cache", False)],
 )  # fmt: skip
 def test_figures_stand_to_the_right_and_cron_expressions_do_not(
     cell: str, is_number: bool, capsys: pytest.CaptureFixture[str]
