@@ -6,11 +6,10 @@ plain lines without escape codes, never wrapped, with a progress line every ten 
 
 import json
 import math
-import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -87,12 +86,14 @@ class Console:
         rows: Sequence[Sequence[object]],
         *,
         title: str | None = None,
+        texts: Collection[str] = (),
     ) -> None:
-        """A table; columns whose cells are all numbers, a unit allowed, are set to the right."""
+        """A table; columns whose cells are all numbers, a unit allowed, are set to the right, but
+        for those in `texts`."""
         cells = [[str(cell) for cell in row] for row in rows]
         right = [
-            bool(cells) and all(_is_number(row[index]) for row in cells)
-            for index in range(len(columns))
+            bool(cells) and name not in texts and all(_is_number(row[index]) for row in cells)
+            for index, name in enumerate(columns)
         ]
         if title:
             self._write(title, style="bold")
@@ -270,16 +271,10 @@ def _rich_console(stream: TextIO) -> RichConsole:
     return RichConsole(file=stream, force_terminal=terminal, markup=False, highlight=False)
 
 
-# With its time zone, or without.
-_CRON = re.compile(r"\S+( [\w*,/-]+){4,5}")
-
-
 def _is_number(cell: str) -> bool:
     head = cell.partition(" ")[0].replace(",", "").rstrip("%")
     if cell in ("", "-"):
         return True
-    if _CRON.fullmatch(cell):
-        return False
     try:
         float(head)
     except ValueError:

@@ -89,13 +89,14 @@ def verify_command(
             whole.append(manifest.update)
             console.line(f"update {manifest.update:,}: whole, {len(manifest.leaves)} leaves")
     if as_json:
-        console.json({"whole": whole, "damaged": problems + refused})
+        console.json({"whole": whole, "damaged": problems, "refused": refused})
     if refused and not problems:
         raise UserError("; ".join(refused))
     if problems:
         raise UserError(
-            f"run {run.name}: {len(problems)} damaged: {'; '.join(problems + refused)}; training"
-            " skips what is damaged; remove "
+            "".join(f"{text}; " for text in refused)
+            + f"run {run.name}: {len(problems)} damaged: {'; '.join(problems)}; training skips what"
+            " is damaged; remove "
             + " and ".join(
                 [f"the folder {folder}" for folder in spoiled]
                 + ["what has no sound manifest with `tvq checkpoints prune`"] * bool(damages)

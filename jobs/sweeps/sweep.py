@@ -29,8 +29,6 @@ from jobs.tracking.parent_run import ParentRun
 from pipeline.claims import Claim
 from pipeline.storage import LocalStore, Location, open_store
 
-METRIC = EVAL_BITS
-"""Of the evaluations in training: what stops early and guides an optimiser."""
 _FIGURES = "validation_bits_per_byte"
 """By seed, on the whole validation split: what a trial says at its end."""
 _LOOK_SECONDS = 2.0
@@ -218,7 +216,7 @@ def _tune_config(sweep: Sweep) -> Any:
         from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        search: Any = OptunaSearch(metric=METRIC, mode="min", seed=0)
+        search: Any = OptunaSearch(metric=EVAL_BITS, mode="min", seed=0)
         search = ConcurrencyLimiter(search, max_concurrent=sweep.parallel)
         n_trials = sweep.trials
     else:
@@ -229,7 +227,7 @@ def _tune_config(sweep: Sweep) -> Any:
         if sweep.search == "random":
             n_trials = sweep.trials
     return tune.TuneConfig(
-        metric=METRIC,
+        metric=EVAL_BITS,
         mode="min",
         num_samples=n_trials,
         search_alg=search,
@@ -271,9 +269,9 @@ def _trial(config: dict[str, Any], sweep: Sweep, root: str) -> None:
     def report(points: list[MetricPoint]) -> None:
         nonlocal reported
         for point in points:
-            if METRIC in point.values and point.step > reported:
+            if EVAL_BITS in point.values and point.step > reported:
                 reported = point.step
-                tune.report({METRIC: point.values[METRIC], "update": point.step})
+                tune.report({EVAL_BITS: point.values[EVAL_BITS], "update": point.step})
 
     lasts, figures, update = [], {}, 0
     for seed in seeds:
@@ -296,14 +294,14 @@ def _trial(config: dict[str, Any], sweep: Sweep, root: str) -> None:
         bits = evaluation.bits_per_byte
         figures[str(seed)] = bits if math.isfinite(bits) else math.inf
         lasts.append(_last_evaluation(trained.run, bits))
-    tune.report({METRIC: statistics.fmean(lasts), "update": update, _FIGURES: figures})
+    tune.report({EVAL_BITS: statistics.fmean(lasts), "update": update, _FIGURES: figures})
 
 
 def _last_evaluation(run: RunDirectory, otherwise: float) -> float:
     """The metric of the newest checkpoint that has one."""
     from jobs.checkpoints.manifest import complete_checkpoints
 
-    found = [m.metrics[METRIC] for m in complete_checkpoints(run) if METRIC in m.metrics]
+    found = [m.metrics[EVAL_BITS] for m in complete_checkpoints(run) if EVAL_BITS in m.metrics]
     return found[-1] if found else otherwise
 
 

@@ -73,17 +73,15 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
         if primary:
             fence.raise_over_others()
     run_log.event("restore start")
-    restored = restore_newest(run, programs.abstract)
-    codebooks_are_random = False
+    restored, codebooks_taken = restore_newest(run, programs.abstract), False
     if restored:
         state, checkpoint = restored
         update, next_batch, tokens = checkpoint.update, checkpoint.next_batch, checkpoint.tokens
     else:
         if training.init_from:
-            state, taken = first_state(run, recipe, programs.abstract)
+            state, codebooks_taken = first_state(run, recipe, programs.abstract)
         else:
-            state, taken = programs.create(), False
-        codebooks_are_random = not taken
+            state = programs.create()
         jitted_leaf_sums(state)  # compiled now, and not while the first save holds up the loop
         update, next_batch, tokens = 0, 0, 0
 
@@ -158,9 +156,9 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
             flags = layout.flag(stop)
             profile.before(update, recipe.updates_per_batch, state)
             with calling, profile.step(update + recipe.updates_per_batch):
-                if codebooks_are_random and recipe.model.kmeans_iterations:
+                random = update == 0 and not codebooks_taken
+                if random and recipe.model.kmeans_iterations:
                     state = programs.start_codebooks(state, batch)
-                codebooks_are_random = False
                 state, metrics, flags = programs.step(state, batch, flags)
             calling = contextlib.nullcontext()
             update, next_batch = update + recipe.updates_per_batch, next_batch + 1
