@@ -4,6 +4,7 @@ Forward and backward of a layer, as in `tvq bench attention`, on one device. Att
 that are not quantised is taken in its better form, which leaves out the masked half.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jobs.planning.compilations import Compilation, compile_for
 from jobs.planning.compiled_costs import read_costs
 from jobs.planning.plan import GPU_ASSUMPTION, bytes_wanted, memory_available, roofline
 from jobs.recipe import Recipe, resolve
+from model.config import ModelConfig
 
 COMPARED = ("serial", "parallel", "full-chunked")
 """Of bench.programs.FORMS; the last is the dense attention that the others are compared with."""
@@ -66,16 +68,30 @@ def compare_forms(
         compiled = compile_for(
             recipe, target, list(names), limit_seconds=limit_seconds, console=console
         )
-        costs += [_cost(form, length, compiled[name], target) for name, form in names.items()]
+        rounds = far_chunks(recipe.model, length)
+        costs += [
+            _cost(form, length, compiled[name], target, rounds if form == DENSE else None)
+            for name, form in names.items()
+        ]
     return FormsCompared(target, costs)
 
 
-def _cost(form: str, length: int, compiled: Compilation, target: Target) -> FormCost:
+def far_chunks(model: ModelConfig, length: int) -> float:
+    """How many chunks of older keys a block of the dense form meets beyond its window, on the
+    average: the rounds of its inner loop, which the text of its program does not say."""
+    blocks = range(0, length, model.tile)
+    older = (max(begin - model.window, 0) for begin in blocks)
+    return sum(math.ceil(tokens / model.tile) for tokens in older) / len(blocks)
+
+
+def _cost(
+    form: str, length: int, compiled: Compilation, target: Target, open_rounds: float | None
+) -> FormCost:
     facts = compiled.facts
     if facts.error or facts.total > memory_available(target):
         needed = bytes_wanted(facts.error) if facts.error else facts.total
         return FormCost(length, form, False, needed, None, None, None)
-    cost = read_costs(compiled.text())
+    cost = read_costs(compiled.text(), open_rounds)
     return FormCost(
         length,
         form,

@@ -47,34 +47,42 @@ class Cost(NamedTuple):
     """Bytes read from and written to the device's main memory, each instruction on its own."""
     collectives: dict[str, int]
     """Bytes that a device sends, by kind of collective."""
-    times: dict[tuple[int, int], int]
+    times: dict[tuple[int, int], float]
     """(unit_flops, traffic) of an instruction to how often it is run: for a roofline of each."""
     open_loops: int
     """Loops of whose number of rounds nothing is known; they count as one round."""
 
 
-def read_costs(text: str, open_rounds: int | None = None) -> Cost:
+def read_costs(text: str, open_rounds: float | None = None) -> Cost:
     """Of the text of a compiled program (`Compiled.as_text()`).
 
-    `open_rounds`: how often the loops go round whose number of rounds is not in the text.
+    `open_rounds`: how often the loops go round, on the average, whose number of rounds is not in
+    the text.
     """
     return _Program(text, open_rounds).cost()
 
 
 class _Program:
-    def __init__(self, text: str, open_rounds: int | None):
+    def __init__(self, text: str, open_rounds: float | None):
         self._open_rounds = open_rounds
         self._computations, self._entry = read_computations(text)
-        self._flops = self._unit_flops = self._traffic = self._open_loops = 0
-        self._collectives: dict[str, int] = {}
-        self._times: dict[tuple[int, int], int] = {}
+        self._open_loops = 0
+        self._flops = self._unit_flops = self._traffic = 0.0
+        self._collectives: dict[str, float] = {}
+        self._times: dict[tuple[int, int], float] = {}
 
     def cost(self) -> Cost:
         self._walk(self._entry, 1)
-        return Cost(self._flops, self._unit_flops, self._traffic, self._collectives, self._times,
-                    self._open_loops)  # fmt: skip
+        return Cost(
+            round(self._flops),
+            round(self._unit_flops),
+            round(self._traffic),
+            {kind: round(sent) for kind, sent in self._collectives.items()},
+            self._times,
+            self._open_loops,
+        )
 
-    def _walk(self, computation: str, rounds: int) -> None:
+    def _walk(self, computation: str, rounds: float) -> None:
         table = self._computations[computation]
         for instruction in table.values():
             opcode = instruction.opcode
@@ -82,7 +90,7 @@ class _Program:
                 trips = self._trips(instruction, table)
                 if trips is None:
                     self._open_loops += self._open_rounds is None
-                    trips = self._open_rounds or 1
+                    trips = 1 if self._open_rounds is None else self._open_rounds
                 self._walk(called(instruction, "body"), rounds * trips)
             elif opcode == "conditional":
                 self._walk(self._heaviest(branches(instruction)), rounds)
@@ -91,7 +99,9 @@ class _Program:
             elif opcode not in _FREE:
                 self._count(instruction, table, rounds)
 
-    def _count(self, instruction: Instruction, table: dict[str, Instruction], rounds: int) -> None:
+    def _count(
+        self, instruction: Instruction, table: dict[str, Instruction], rounds: float
+    ) -> None:
         flops, unit_flops = self._products(instruction, table, rounds)
         traffic = self._bytes(instruction, table)
         self._flops += rounds * flops
@@ -104,7 +114,7 @@ class _Program:
     # ---- Matrix products and collectives, in fusions too ----------------------------------------
 
     def _products(
-        self, instruction: Instruction, table: dict[str, Instruction], rounds: int
+        self, instruction: Instruction, table: dict[str, Instruction], rounds: float
     ) -> tuple[int, int]:
         """FLOPs of an instruction, once and by passes; counts the collectives in it."""
         opcode = instruction.opcode
@@ -154,28 +164,48 @@ class _Program:
     ) -> int:
         """Of parameters that are only sliced, the slices; of results updated in place, the
         update."""
-        users: dict[str, list[Instruction]] = {}
-        for each in inner.values():
-            for operand in each.operands:
-                users.setdefault(operand, []).append(each)
         total = 0
         for each in inner.values():
             if each.opcode == "parameter":
-                argument = outer[fusion.operands[int(each.rest.partition(")")[0])]]
+                argument = outer[fusion.operands[_number(each)]]
                 if all(array.memory == 0 for array in argument.arrays):
-                    total += _read_of(each, users)
-        root = next(each for each in inner.values() if each.root)
+                    total += self._read_of(each, inner)
+        root = _root(inner)
         parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
         for array, part in zip(fusion.arrays, parts, strict=False):
-            while part.opcode in _SEE_THROUGH and part.operands:
-                part = inner[part.operands[0]]
-            if array.memory:
-                continue
-            written = array.size
-            if part.opcode == "dynamic-update-slice":
-                written = sum(a.size for a in inner[part.operands[1]].arrays)
-            total += written
+            if not array.memory:
+                update = self._update(part, inner)
+                total += array.size if update is None else update
         return total
+
+    def _read_of(self, parameter: Instruction, inner: dict[str, Instruction]) -> int:
+        """Bytes that a fusion reads of a parameter; a TPU's compiler puts fusions into fusions."""
+        size = sum(array.size for array in parameter.arrays)
+        read = 0
+        for user, operand in _users(parameter.name, inner):
+            if user.opcode in _SLICES:
+                read += sum(array.size for array in user.arrays)
+            elif user.opcode == "fusion" and (nested := called(user, "calls")):
+                within = self._computations[nested]
+                read += sum(
+                    self._read_of(each, within)
+                    for each in within.values()
+                    if each.opcode == "parameter" and user.operands[_number(each)] == operand
+                )
+            elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == operand):
+                return size
+        return min(size, read)
+
+    def _update(self, part: Instruction, inner: dict[str, Instruction]) -> int | None:
+        """Bytes of what is written into an array that is updated in place; None of another."""
+        while part.opcode in _SEE_THROUGH and part.operands:
+            part = inner[part.operands[0]]
+        if part.opcode == "dynamic-update-slice":
+            return sum(array.size for array in inner[part.operands[1]].arrays)
+        if part.opcode == "fusion" and (nested := called(part, "calls")):
+            within = self._computations[nested]
+            return self._update(_root(within), within)
+        return None
 
     # ---- Control flow ---------------------------------------------------------------------------
 
@@ -184,7 +214,7 @@ class _Program:
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(known[1])
         condition = self._computations[called(loop, "condition")]
-        root = next(each for each in condition.values() if each.root)
+        root = _root(condition)
         if root.opcode != "compare" or "direction=LT" not in root.rest:
             return None
         counter, limit = (condition[name] for name in root.operands)
@@ -222,24 +252,22 @@ def _touched(part: Instruction, whole: Instruction) -> int:
     return reads + (_in_main_memory(part.arrays) if part is not whole else 0)
 
 
-def _read_of(parameter: Instruction, users: dict[str, list[Instruction]]) -> int:
-    """Bytes that a fusion reads of a parameter."""
-    size = sum(array.size for array in parameter.arrays)
-    sliced = 0
-    for user in _users(parameter.name, users):
-        if user.opcode in _SLICES:
-            sliced += sum(array.size for array in user.arrays)
-        elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name):
-            return size
-    return min(size, sliced)
+def _number(parameter: Instruction) -> int:
+    return int(parameter.rest.partition(")")[0])
 
 
-def _users(name: str, users: dict[str, list[Instruction]]) -> Iterator[Instruction]:
-    for user in users.get(name, []):
-        if user.opcode == "bitcast":
-            yield from _users(user.name, users)
-        else:
-            yield user
+def _root(computation: dict[str, Instruction]) -> Instruction:
+    return next(each for each in computation.values() if each.root)
+
+
+def _users(name: str, inner: dict[str, Instruction]) -> Iterator[tuple[Instruction, str]]:
+    """What uses a value, and the name that it has there: bitcasts give it others."""
+    for user in inner.values():
+        if name in user.operands:
+            if user.opcode == "bitcast":
+                yield from _users(user.name, inner)
+            else:
+                yield user, name
 
 
 def _flops(product: Instruction, table: dict[str, Instruction]) -> int:

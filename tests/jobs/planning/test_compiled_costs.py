@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from jobs.planning.attention import far_chunks
 from jobs.planning.compiled_costs import read_costs
+from model.config import ModelConfig
 
 
 def text_of(function, *shapes: tuple[int, ...]) -> str:
@@ -51,6 +53,20 @@ def test_a_loop_that_data_ends_counts_one_round_and_is_said():
     assert cost.open_loops == 1
     told = read_costs(text, 7)
     assert (told.flops, told.open_loops) == (7 * cost.flops, 0)
+
+
+@pytest.mark.parametrize(("length", "window", "tile"), [(64, 16, 8), (60, 20, 16), (16, 32, 8)])
+def test_the_dense_form_meets_a_chunk_that_holds_a_token_older_than_the_window(
+    length: int, window: int, tile: int
+):
+    met = [
+        len({token // tile for token in range(begin - window)}) for begin in range(0, length, tile)
+    ]
+    model = ModelConfig(window=window, block_length=tile)
+    assert far_chunks(model, length) == sum(met) / len(met)
+    text = text_of(lambda n, x: lax.fori_loop(0, n[0].astype(int), lambda _, x: x @ x, x),
+                   (1,), (16, 16))  # fmt: skip
+    assert read_costs(text, 2.5).flops == 2.5 * 2 * 16**3
 
 
 def test_traffic_of_a_loop_over_slices_is_that_of_the_slices():
@@ -124,6 +140,51 @@ def test_what_a_tpu_prints_is_read():
     assert cost.traffic == slices + adds + (left + right + out) + 2 * out
     assert cost.collectives == {"all-reduce": 2 * out * 3 // 4}
     assert cost.open_loops == 0
+
+
+NESTED = """\
+HloModule jit_step, is_scheduled=true
+
+%sliced (p0: bf16[8,4,128], p1: s32[]) -> bf16[1,4,128] {
+  %p0 = bf16[8,4,128]{2,1,0:T(4,128)(2,1)} parameter(0)
+  %p1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  ROOT %slice = bf16[1,4,128]{2,1,0:T(4,128)(2,1)} dynamic-slice(%p0, %p1, %zero, %zero), \
+dynamic_slice_sizes={1,4,128}
+}
+
+%updated (p2: bf16[8,4,128], p3: bf16[1,4,128], p4: s32[]) -> bf16[8,4,128] {
+  %p2 = bf16[8,4,128]{2,1,0:T(4,128)(2,1)} parameter(0)
+  %p3 = bf16[1,4,128]{2,1,0:T(4,128)(2,1)} parameter(1)
+  %p4 = s32[]{:T(128)} parameter(2)
+  %zero.1 = s32[]{:T(128)} constant(0)
+  ROOT %update = bf16[8,4,128]{2,1,0:T(4,128)(2,1)} dynamic-update-slice(%p2, %p3, %p4, %zero.1, \
+%zero.1)
+}
+
+%fused (p5: bf16[8,4,128], p6: s32[], p7: bf16[8,4,128]) -> bf16[8,4,128] {
+  %p5 = bf16[8,4,128]{2,1,0:T(4,128)(2,1)} parameter(0)
+  %p6 = s32[]{:T(128)} parameter(1)
+  %p7 = bf16[8,4,128]{2,1,0:T(4,128)(2,1)} parameter(2)
+  %part = bf16[1,4,128]{2,1,0:T(4,128)(2,1)} fusion(%p5, %p6), kind=kLoop, calls=%sliced
+  %twice = bf16[1,4,128]{2,1,0:T(4,128)(2,1)} add(%part, %part)
+  ROOT %whole = bf16[8,4,128]{2,1,0:T(4,128)(2,1)} fusion(%p7, %twice, %p6), kind=kLoop, \
+calls=%updated
+}
+
+ENTRY %main (a: bf16[8,4,128], n: s32[], b: bf16[8,4,128]) -> bf16[8,4,128] {
+  %a = bf16[8,4,128]{2,1,0:T(4,128)(2,1)} parameter(0)
+  %n = s32[]{:T(128)} parameter(1)
+  %b = bf16[8,4,128]{2,1,0:T(4,128)(2,1)} parameter(2)
+  ROOT %after = bf16[8,4,128]{2,1,0:T(4,128)(2,1)} fusion(%a, %n, %b), kind=kOutput, calls=%fused
+}
+"""
+
+
+def test_slices_and_updates_in_fusions_within_fusions_are_no_whole_arrays():
+    """One of eight parts of 4 x 128 numbers of 2 bytes is read, one written; and the counter."""
+    cost = read_costs(NESTED)
+    assert cost.traffic == 2 * (4 * 128 * 2) + 4
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,11 @@ from tests.micro import write_micro
 
 pytestmark = [pytest.mark.browser, pytest.mark.tracking, pytest.mark.timeout(900)]
 
+# Saves that follow so fast are skipped or gone before anybody looks: one at each evaluation.
 RUNS = {
-    "cache": ("training.samples=2",),
-    "window": ("model.compressive_cache=false",),
-    "narrow": ("model.d_model=8",),
+    "cache": ("checkpoint.every=20", "training.samples=2"),
+    "window": ("checkpoint.every=20", "model.compressive_cache=false"),
+    "narrow": ("checkpoint.every=20", "model.d_model=8"),
 }
 STEPS = 40
 Curve = list[tuple[int, float]]
