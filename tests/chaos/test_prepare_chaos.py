@@ -108,7 +108,13 @@ class Running:
     def busy_workers(self) -> list[int]:
         """Ray workers in the middle of a task of this run."""
         names = self.children().items()
-        return [pid for pid, name in names if name.startswith("ray::") and "IDLE" not in name]
+        # Not its agents: a node whose RuntimeEnvAgent dies goes down as a whole.
+        others = ("IDLE", "Agent")
+        return [
+            pid
+            for pid, name in names
+            if name.startswith("ray::") and not any(other in name for other in others)
+        ]
 
     def wait_for(self, reached: Callable[[], bool]) -> bool:
         """Whether it was reached while the process ran."""
