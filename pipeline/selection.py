@@ -4,15 +4,17 @@ One letter a record, so that the decisions of a corpus of a hundred million docu
 memory; the records themselves are read range by range.
 """
 
+import itertools
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline import records
+from pipeline import arrow_arrays, records
 from pipeline.errors import CorpusError
 from pipeline.filters import DUPLICATE, ExactDuplicates
 from pipeline.near_duplicates import NearDuplicates, NearDuplicateSettings
@@ -31,8 +33,8 @@ REASONS = {_DUPLICATE: DUPLICATE, _NEAR: NEAR_DUPLICATE, _FROZEN: FROZEN}
 """Why a record of such a letter is dropped; that of other letters pass 1 has found."""
 
 
-# Contents whose hashes are held at a time, about 100 bytes each.
-_RECORDS_AT_ONCE = 500_000
+# Records whose keys are held at a time, 8 bytes each.
+_RECORDS_AT_ONCE = 4_000_000
 
 
 class Scans(NamedTuple):
@@ -56,15 +58,14 @@ class Earlier(NamedTuple):
 class Seen:
     """The contents that are in the corpus already: what would be a duplicate.
 
-    Those of one part of `parts`, by the first bytes of their hash: so a corpus is gone through part
-    by part in memory that does not grow with it.
+    Only those are held that may come again, which of most corpora are few; near copies have no hash
+    in common, so where they are looked for it is all.
     """
 
-    def __init__(self, near: NearDuplicateSettings | None, part: int = 0, parts: int = 1) -> None:
+    def __init__(self, near: NearDuplicateSettings | None) -> None:
         self._exact = ExactDuplicates()
         self._near = NearDuplicates(near) if near else None
         self._count = 0
-        self._part, self._parts = part, parts
 
     def judge(self, sha256: bytes, signature: bytes | None) -> int | None:
         """The letter of a duplicate; none for a new content, which counts as seen from now on."""
@@ -78,16 +79,52 @@ class Seen:
             self._count += 1
         return None
 
-    def concerns(self, sha256: bytes) -> bool:
-        """Whether a content is of this part."""
-        return int.from_bytes(sha256[:4], "big") % self._parts == self._part
-
-    def add(self, table: pa.Table) -> None:
-        """Take in the documents of a corpus that is there."""
+    def add(self, table: pa.Table, again: npt.NDArray[np.bool_]) -> None:
+        """Take in those documents of a corpus that is there that may come again."""
         columns = (table.column("split").to_pylist(), table.column("sha256").to_pylist())
-        for split, sha256, signature in zip(*columns, signatures(table), strict=True):
-            if split and self.concerns(sha256):
+        rows = zip(*columns, signatures(table), strict=True)
+        for split, sha256, signature in itertools.compress(rows, again):
+            if split:
                 self.judge(sha256, signature)
+
+
+class Part(NamedTuple):
+    """A share of the contents, by the first 8 bytes of their hashes, their *keys*: so a corpus is
+    gone through share by share, in memory that does not grow with it."""
+
+    number: int
+    of: int
+    repeated: npt.NDArray[np.uint64] | None
+    """The keys that more than one record has, sorted; None: to be treated as if all had."""
+
+    def mine(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Which [records] are of this part."""
+        return keys % self.of == self.number
+
+    def again(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Which [records] of this part may have the content of another."""
+        if self.repeated is None:
+            return self.mine(keys)
+        return self.mine(keys) & np.isin(keys, self.repeated)
+
+
+def _parts(near: bool, scans: Scans, earlier: Earlier, n_records: int) -> Iterator[Part]:
+    if near:
+        yield Part(0, 1, None)
+        return
+    count = 1 + n_records // _RECORDS_AT_ONCE
+    for number in range(count):
+        part = Part(number, count, None)
+        tables = itertools.chain(earlier.tables(), map(scans.read, range(scans.n_ranges)))
+        found = [keys[part.mine(keys)] for keys in map(_keys, tables)]
+        held = arrow_arrays.joined(found, np.uint64)
+        del found
+        held.sort()
+        yield part._replace(repeated=np.unique(held[1:][held[1:] == held[:-1]]))
+
+
+def _keys(table: pa.Table) -> npt.NDArray[np.uint64]:
+    return arrow_arrays.first_8_bytes(table.column("sha256"))
 
 
 def signatures(table: pa.Table) -> Sequence[bytes | None]:
@@ -139,16 +176,14 @@ def select(
         )
         for i in range(scans.n_ranges)
     ]
-    # Near copies have no hash in common, so they are looked for in all of the corpus at once.
     n_records = earlier.n_records + sum(map(len, letters))
-    parts = 1 if near else 1 + n_records // _RECORDS_AT_ONCE
-    for part in range(parts):
-        seen = Seen(near, part, parts)
+    for part in _parts(near is not None, scans, earlier, n_records):
+        seen = Seen(near)
         for table in earlier.tables():
-            seen.add(table)
+            seen.add(table, part.again(_keys(table)))
         for turn in ({"test"}, {"validation"}, {"train", ""}):
             for index in range(scans.n_ranges):
-                _judge(scans.read(index), letters[index], seen, turn, frozen)
+                _judge(scans.read(index), letters[index], seen, part, turn, frozen)
     if frozen:
         return [bytes(range_).replace(b"\0", b"t") for range_ in letters]
     try:
@@ -175,18 +210,22 @@ def _dropped(scans: Scans, letters: list[bytearray]) -> str:
     return " (dropped: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) + ")"
 
 
-def _judge(table: pa.Table, letters: bytearray, seen: Seen, named: set[str], frozen: bool) -> None:
-    """Find the duplicates among the records whose file names one of these splits."""
+def _judge(
+    table: pa.Table, letters: bytearray, seen: Seen, part: Part, named: set[str], frozen: bool
+) -> None:
+    """Find the duplicates among the records of a part whose file names one of these splits."""
     splits = table.column("named_split").to_pylist()
     if named.isdisjoint(splits):
         return
-    contents = zip(table.column("sha256").to_pylist(), signatures(table), strict=True)
-    for at, (split, (sha256, signature)) in enumerate(zip(splits, contents, strict=True)):
-        if letters[at] or split not in named or not seen.concerns(sha256):
+    keys = _keys(table)
+    contents = (table.column("sha256").to_pylist(), signatures(table))
+    rows = enumerate(zip(splits, *contents, part.again(keys), strict=True))
+    for at, (split, sha256, signature, again) in itertools.compress(rows, part.mine(keys)):
+        if letters[at] or split not in named:
             continue
         if frozen and split in ("test", "validation"):
             letters[at] = _FROZEN
-        elif letter := seen.judge(sha256, signature):
+        elif again and (letter := seen.judge(sha256, signature)):
             letters[at] = letter
         elif split:
             letters[at] = LETTERS[SPLITS.index(split)]

@@ -31,7 +31,7 @@ from pipeline.summed_file import CHUNK_BYTES, SummedFile
 
 # A record batch ends once it holds this much: small documents share one, and its 500 bytes of
 # metadata vanish; few enough that the writer's memory stays small.
-_BATCH_BYTES = 4 * 1024 * 1024
+_BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_ROWS = 16384
 
 

@@ -41,6 +41,11 @@ def scans(ranges) -> Scans:
     return Scans(len(ranges), tables.__getitem__, firsts)
 
 
+def hashes(contents) -> pa.Array:
+    digests = [hashlib.sha256(content.encode()).digest() for content in contents]
+    return pa.array(digests, pa.binary(32))
+
+
 def by_the_rules(ranges, kept: set[str]) -> list[tuple[str, str]]:
     """For each record in order its content and what becomes of it; "?" where a draw decides."""
     turns = ("test", "validation", "train", "")
@@ -85,11 +90,7 @@ def test_what_comes_later_trains_unless_it_was_there(monkeypatch, first, later, 
     earlier = pa.table(
         {
             "split": [("train" if good else "") for range_ in first for _, _, good in range_],
-            "sha256": [
-                hashlib.sha256(content.encode()).digest()
-                for range_ in first
-                for content, _, _ in range_
-            ],
+            "sha256": hashes(content for range_ in first for content, _, _ in range_),
         }
     )
     chosen = select(
@@ -117,8 +118,9 @@ def test_what_is_held_at_once_does_not_grow_with_the_corpus(monkeypatch):
 
     monkeypatch.setattr(selection, "ExactDuplicates", Counted)
     monkeypatch.setattr(selection, "_RECORDS_AT_ONCE", 50)
-    digests = [hashlib.sha256(b"%d" % number).digest() for number in range(2000)]
-    earlier = pa.table({"split": ["train"] * 2000, "sha256": digests})
-    select(scans([[("a", "", True)]]), Earlier(2000, lambda: (earlier,)), None, 0, 0, frozen=True)
-    assert len(held) == 2001
+    # Each content twice, so that each must be remembered; and as many that come but once.
+    names = [*map(str, range(1000)), *map(str, range(2000))]
+    earlier = pa.table({"split": ["train"] * 3000, "sha256": hashes(names)})
+    select(scans([[("a", "", True)]]), Earlier(3000, lambda: (earlier,)), None, 0, 0, frozen=True)
+    assert len(held) == 2000
     assert max(held) < 100
