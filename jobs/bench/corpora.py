@@ -150,6 +150,8 @@ def _measure(
         f"bytes: {of_bytes.n_bytes / 1e6:,.0f} MB in {of_bytes.shards} shards, each synced to disk;"
         f" SentencePiece: {pieces.n_bytes / 1e6:,.0f} MB a round, all {pieces.workers} workers with"
         f" Ray's own work {pieces.together.median:,.1f} MB/s of wall-clock time",
+        f"pass 2 takes {sum(of_bytes.parts.values()):.2f} ns of CPU time a byte: "
+        + ", ".join(f"{name} {part:.2f}" for name, part in of_bytes.parts.items()),
         f"memory: peaks of {peaks}, driver and worker in one process; near-duplicates keep"
         f" {measure_near_duplicates():,.0f} bytes a document more",
     ]

@@ -18,6 +18,7 @@ from jobs.bench.measurement import Spread
 from jobs.console import Console
 from pipeline.contents import BLOCK_BYTES
 from pipeline.loader import training_batches
+from pipeline.parts import WordCounter
 from pipeline.plan import PrepareSettings
 from pipeline.ranges import Range, cut_ranges, shard_bytes_for
 from pipeline.scanning import ScanSettings, read_scan, scan_name, scan_range
@@ -25,12 +26,15 @@ from pipeline.selection import TRAIN, first_rows
 from pipeline.sentencepiece_tokenizer import SentencePieceSettings, train_sentencepiece
 from pipeline.sources import Listing, SourceFile, SourceSettings, list_files, standard_library
 from pipeline.storage import open_store
+from pipeline.summed_file import SummedFile
 from pipeline.tokenizers import ByteTokenizer
 from pipeline.writing import RangeTask, TokenizerFile, write_range
 
 _SENTENCEPIECE_BYTES = 32 * 2**20
 """Text that is encoded in a round: at 5 to 12 MB/s, a gigabyte would take minutes."""
 _SAMPLE_BYTES = 2 * 2**20
+_PROFILED_BYTES = 64 * 2**20
+"""Text of which the parts of pass 2 are timed, all in memory."""
 
 
 class Taken(NamedTuple):
@@ -156,6 +160,8 @@ class Bytes(NamedTuple):
     scan: Compared
     write: Compared
     both: Compared
+    parts: dict[str, float]
+    """CPU nanoseconds a byte of what pass 2 is made of, each alone; the last is the rest."""
     start_seconds: float
     """The first range of a fresh process: what it imports."""
     documents: int
@@ -192,11 +198,47 @@ def measure_bytes(
         scan=against_base(scans),
         write=against_base(writes),
         both=against_base(both),
+        parts=_parts_of_writing(folder, files, min(each.cpu for each in writes) / n_bytes),
         start_seconds=start.wall,
         documents=len(files),
         n_bytes=n_bytes,
         shards=len(worker.ranges),
     )
+
+
+def _parts_of_writing(
+    folder: Path, files: Sequence[SourceFile], seconds: float
+) -> dict[str, float]:
+    """`seconds` is what pass 2 takes a byte."""
+    files = part_of(files, _PROFILED_BYTES)
+    texts = []
+    for file in files:
+        with file.open() as opened:
+            texts.append(opened.read())
+
+    def count_words() -> None:
+        words = WordCounter()
+        for text in texts:
+            words.count(text)
+
+    def write() -> None:
+        written = SummedFile(folder / "profiled")
+        for text in texts:
+            written.write(text)
+        written.finish()
+        (folder / "profiled").unlink()
+
+    n_bytes = sum(map(len, texts))
+    parts = {
+        "reading and hashing documents": lambda: read_and_hash(files),
+        "counting words": count_words,
+        "hashing and writing shards": write,
+    }
+    found = {
+        name: min(Taken.of(part).cpu for _ in range(3)) / n_bytes * 1e9
+        for name, part in parts.items()
+    }
+    return found | {"Python for each document": seconds * 1e9 - sum(found.values())}
 
 
 # ---- SentencePiece, through Ray Data -------------------------------------------------------------
