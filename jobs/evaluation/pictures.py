@@ -10,6 +10,9 @@ import numpy.typing as npt
 from jobs.errors import UserError
 from pipeline.tokenizers import TOKEN_OFFSET, ImageTokenizer
 
+_ENLARGED = 3
+"""A row's pixels are so many wide and high: MLflow shows pictures no larger than they are."""
+
 
 def save_pictures(
     tokenizer: ImageTokenizer, written: Sequence[npt.NDArray], folder: Path, name: str
@@ -36,10 +39,12 @@ def save_pictures(
 
 
 def pictures_in_a_row(tokenizer: ImageTokenizer, written: Sequence[npt.NDArray]) -> bytes:
-    """A PNG of all samples, a model's ids [12288] each, side by side."""
+    """A PNG of all samples, a model's ids [12288] each, side by side and enlarged."""
     from PIL import Image
 
-    pixels = [tokenizer.picture(ids - TOKEN_OFFSET) for ids in written]
+    row = np.concatenate([tokenizer.picture(ids - TOKEN_OFFSET) for ids in written], axis=1)
     file = io.BytesIO()
-    Image.fromarray(np.concatenate(pixels, axis=1)).save(file, format="png")
+    Image.fromarray(row.repeat(_ENLARGED, axis=0).repeat(_ENLARGED, axis=1)).save(
+        file, format="png"
+    )
     return file.getvalue()
