@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.compiler_options import compiler_options
 from jobs.planning.chips import read_target
 from jobs.recipe import Recipe, from_yaml
 from pipeline.storage import LocalStore
@@ -199,7 +200,9 @@ def _decode(recipe: Recipe, programs: Any) -> tuple[Any, tuple[Any, ...], dict[s
     key = placed(jax.eval_shape(lambda: jax.random.key(0)))
     parts = _state_bytes(state) | {"optimizer": 0}
     parts["cache"] = _bytes_of(prefilled.cache)
-    return jax.jit(go_on), (state.params, state.codebooks, prefilled, rows, key), parts
+    options = compiler_options(where.mesh.devices.flat[0].platform)
+    program = jax.jit(go_on, compiler_options=options)
+    return program, (state.params, state.codebooks, prefilled, rows, key), parts
 
 
 def _attention(
@@ -219,7 +222,9 @@ def _attention(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         jax.eval_shape(program.begin),
     )
-    return jax.jit(program.function, donate_argnums=0), (state, inputs), {}
+    options = compiler_options(devices[0].platform)
+    compiled = jax.jit(program.function, donate_argnums=0, compiler_options=options)
+    return compiled, (state, inputs), {}
 
 
 # ---- Bytes by kind -------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from PIL import Image
 
@@ -18,6 +19,7 @@ from jobs.planning.attention import compare_forms
 from jobs.planning.changes import possible_changes, with_changes
 from jobs.planning.chips import CHIPS, devices_of, read_target
 from jobs.planning.compilations import compile_for
+from jobs.planning.compiler import _program
 from jobs.planning.forecast import forecast, refuse_what_does_not_fit
 from jobs.planning.plan import Plan, bytes_wanted, plan
 from jobs.planning.prices import read_prices
@@ -136,6 +138,21 @@ def test_the_second_time_the_compiler_is_not_asked(
     assert plan(renamed, "cpu:2").checkpoints_kept == 7
     with pytest.raises(OSError, match="no such python"):
         plan(with_changes(micro, {"training.batch_size": 8}), "cpu:2")
+
+
+@pytest.mark.parametrize("name", ["train", "decode", "attention serial 64"])
+def test_the_compiler_is_told_what_it_is_told_where_the_program_runs(
+    name: str, micro: recipe.Recipe, monkeypatch: pytest.MonkeyPatch
+):
+    def options(platform: str) -> dict[str, str]:
+        assert platform == "cpu"
+        return {"xla_no_such_option": "1"}
+
+    monkeypatch.setattr("jobs.training.programs.compiler_options", options)
+    monkeypatch.setattr("jobs.planning.compiler.compiler_options", options)
+    program, arguments, _ = _program(micro, name, jax.devices("cpu")[:1])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        program.lower(*arguments).compile()
 
 
 def test_a_gpu_is_planned_with_the_cpus_compiler_and_says_so(
