@@ -15,7 +15,6 @@ from jobs.console import Console
 from jobs.errors import UserError
 from jobs.planning import compilations
 from jobs.planning import report as plan_report
-from jobs.planning.attention import compare_forms
 from jobs.planning.changes import possible_changes, with_changes
 from jobs.planning.chips import CHIPS, devices_of, read_target
 from jobs.planning.compilations import compile_for
@@ -24,7 +23,7 @@ from jobs.planning.forecast import forecast, refuse_what_does_not_fit
 from jobs.planning.plan import Plan, bytes_wanted, plan
 from jobs.planning.prices import read_prices
 from model.config import ConfigError
-from model.counts import flops_per_token, parameter_count
+from model.counts import parameter_count
 from tests.micro import RECIPE, write_micro
 
 pytestmark = pytest.mark.timeout(900)  # three programs are compiled: 27 s of a core
@@ -389,23 +388,3 @@ def test_what_is_too_large_for_a_tpu_is_refused_in_the_compilers_words(micro: re
     wanted = bytes_wanted(compiled.facts.error)
     assert wanted
     assert wanted > 4 * 65536 * 65536 > CHIPS["v5e"].memory
-
-
-@pytest.mark.slow
-@needs_libtpu
-@pytest.mark.timeout(1800)
-def test_forms_of_attention_on_a_tpu_cost_what_they_are(micro: recipe.Recipe):
-    compared = compare_forms(
-        micro, read_target("v5e:1x1"), [256, 512], limit_seconds=1500, console=Console(quiet=True)
-    )
-    serial = [compared.of("serial", length).flops_per_token for length in (256, 512)]
-    dense = [compared.of("full-chunked", length).flops_per_token for length in (256, 512)]
-    assert serial[0] == pytest.approx(serial[1], rel=0.02)
-    assert dense[0]
-    assert dense[1]
-    assert dense[1] > 1.3 * dense[0]
-    one = dataclasses.replace(micro.model, n_layers=1)
-    two = dataclasses.replace(micro.model, n_layers=2)
-    assert serial[1] == pytest.approx(
-        flops_per_token(two, 512) - flops_per_token(one, 512), rel=0.1
-    )
