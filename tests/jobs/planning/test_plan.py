@@ -388,3 +388,19 @@ def test_what_is_too_large_for_a_tpu_is_refused_in_the_compilers_words(micro: re
     wanted = bytes_wanted(compiled.facts.error)
     assert wanted
     assert wanted > 4 * 65536 * 65536 > CHIPS["v5e"].memory
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.timeout(1800)
+def test_what_does_not_fit_a_tpu_is_refused_with_a_change_that_fits():
+    enwik8 = recipe.resolve(recipe.load("enwik8", ("model.remat=false",)))
+    refused = plan(enwik8, "v5e:2x4")
+    assert not refused.fits
+    assert refused.needed
+    assert refused.needed > CHIPS["v5e"].memory
+    assert refused.changes == {"model.remat": True}
+    assert refused.changed
+    assert refused.changed.fits
+    # The recipe as it is published.
+    assert plan(recipe.resolve(recipe.load("enwik8")), "v5e:2x4") == refused.changed
