@@ -1,4 +1,4 @@
-"""What could be changed in a recipe that does not fit: operational fields alone."""
+"""What could be changed in a recipe that does not fit: operational fields, or else its batch."""
 
 import dataclasses
 import math
@@ -12,13 +12,16 @@ if TYPE_CHECKING:
 
 _FILLED = 0.9
 """Of the memory that a change is guessed to fill at most, before the compiler is asked."""
+_CACHES = 5
+"""Copies of a batch's caches that are there at once, however its rows are split (16 rows of enwik8
+on v5e:1x1, two at a time: 20.3 GiB, and 3.6 are the caches)."""
 
 
 def possible_changes(recipe: Recipe, made: "Plan") -> Iterator[dict[str, Any]]:
-    """Changes that might make it fit, the least first: of operational fields alone, so that the
-    training stays the same run."""
+    """Changes that might make it fit, the least first: of operational fields, with which the
+    training stays the same run; after all of these, smaller batches."""
     parts, available = made.memory, made.memory_available
-    state = sum(parts.get(name, 0) for name in ("parameters", "optimizer", "gradients"))
+    whole = state = sum(parts.get(name, 0) for name in ("parameters", "optimizer", "gradients"))
     changes: dict[str, Any] = {}
     fsdp, tensor = spread_axes(recipe, made.target.devices)
     if state > available / 3 and recipe.cluster.fsdp < fsdp:
@@ -33,14 +36,44 @@ def possible_changes(recipe: Recipe, made: "Plan") -> Iterator[dict[str, Any]]:
         changes["model.remat"] = True
         yield dict(changes)
     needed = next(program.needed for program in made.programs if program.name == "train")
-    whole = sum(parts.get(name, 0) for name in ("parameters", "optimizer", "gradients"))
-    by_rows = max(1, (needed or 2 * available) - whole)
-    rows, now = made.rows_per_device, recipe.training.accumulate
-    for accumulate in range(now + 1, rows + 1):
-        if rows % accumulate or recipe.training.batch_size % accumulate:
-            continue
-        if state + by_rows * now / accumulate <= _FILLED * available or accumulate == rows:
-            yield {**changes, "training.accumulate": accumulate}
+    by_batch = max(1, (needed or 2 * available) - whole)
+    caches = min(_CACHES * parts.get("cache", 0), by_batch)
+    now, all_rows = recipe.training.accumulate, recipe.training.batch_size
+    for batch, rows in _batches(all_rows, made.rows_per_device):
+        smaller = {"training.batch_size": batch} if batch < all_rows else {}
+        for accumulate in _divisors(rows) if smaller else range(now + 1, rows + 1):
+            if rows % accumulate or batch % accumulate:
+                continue
+            kept = (caches + (by_batch - caches) * now / accumulate) * batch / all_rows
+            most = accumulate == rows and not smaller  # asked for, before another training is
+            if most or state + kept <= _FILLED * available:
+                split = {"training.accumulate": accumulate} if accumulate != now else {}
+                yield {**changes, **smaller, **split}
+                if smaller:
+                    break
+
+
+def _batches(rows: int, per_device: int) -> Iterator[tuple[int, int]]:
+    """The batch, then smaller ones that divide it, with the rows of a device, all whole."""
+    yield rows, per_device
+    devices = rows // per_device
+    for batch in reversed(_divisors(rows)[:-1]):
+        if rows == devices * per_device and batch % devices == 0:
+            yield batch, batch // devices
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def is_another_training(changes: Mapping[str, Any]) -> bool:
+    """Whether they change the mathematics, not only operations."""
+    return "training.batch_size" in changes
+
+
+def offered(changes: Mapping[str, Any]) -> str:
+    """As a user is told of them."""
+    return stated(changes) + (" (another training)" if is_another_training(changes) else "")
 
 
 def spread_axes(recipe: Recipe, devices: int) -> tuple[int, int]:

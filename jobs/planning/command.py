@@ -8,7 +8,7 @@ from jobs.console import Console
 from jobs.errors import UserError
 from jobs.planning.attention import as_json as attention_json
 from jobs.planning.attention import compare_forms, print_comparison
-from jobs.planning.changes import stated
+from jobs.planning.changes import offered
 from jobs.planning.chips import cluster_overrides, devices_of, read_target
 from jobs.planning.plan import Plan, plan
 from jobs.planning.report import as_json as plans_json
@@ -64,7 +64,9 @@ def _fix(plans: list[Plan]) -> str:
     known = [each for each in plans if each.changed]
     if not known:
         return "more or larger devices, or a smaller model"
-    return "; ".join(f"on {each.target.text} it fits with {stated(each.changes)}" for each in known)
+    return "; ".join(
+        f"on {each.target.text} it fits with {offered(each.changes)}" for each in known
+    )
 
 
 def attention_command(

@@ -128,7 +128,7 @@ def _key(recipe: Recipe, target: Target, program: str) -> str:
         "on": [kind, size],
         "program": program,
         "versions": versions(kind),
-        "sources": _sources(),
+        "sources": _sources(kind),
         "format": _FORMAT,
     }
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
@@ -140,10 +140,12 @@ def versions(kind: str) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in packages}
 
 
-def _sources() -> str:
-    """A hash of the files that make the programs."""
+def _sources(kind: str) -> str:
+    """A hash of the files that make the programs of devices of this kind."""
     home = Path(__file__).parents[2]
     files = [*sorted(home.glob("model/*.py")), home / "jobs/training/programs.py"]
+    if kind == "cpu":  # others are told nothing
+        files.append(home / "jobs/compiler_options.py")
     digest = hashlib.sha256()
     for file in files:
         if file.name not in ("counts.py", "official.py"):  # which make none

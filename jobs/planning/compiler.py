@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.compiler_options import compiler_options
 from jobs.planning.chips import read_target
 from jobs.recipe import Recipe, from_yaml
 from pipeline.storage import LocalStore
@@ -132,7 +133,7 @@ def _program(
 
     axes = recipe.cluster
     if name == "decode":  # `tvq sample` is one process with one device
-        return _decode(recipe, Programs(recipe, make_mesh(devices[:1])))
+        return _decode(recipe, Programs(recipe, make_mesh(devices[:1])), devices[0].platform)
     mesh = make_mesh(devices, data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
     programs = Programs(recipe, mesh)
     batch, flags = _batch(recipe, mesh)
@@ -171,7 +172,9 @@ def _batch(recipe: Recipe, mesh: Any) -> tuple[Any, Any]:
     return batch, shape((mesh.size,), jnp.int32, everywhere)
 
 
-def _decode(recipe: Recipe, programs: Any) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
+def _decode(
+    recipe: Recipe, programs: Any, platform: str
+) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
     """Writing on, as `tvq sample` does it: one row, on one device."""
     import jax
     import jax.numpy as jnp
@@ -199,7 +202,8 @@ def _decode(recipe: Recipe, programs: Any) -> tuple[Any, tuple[Any, ...], dict[s
     key = placed(jax.eval_shape(lambda: jax.random.key(0)))
     parts = _state_bytes(state) | {"optimizer": 0}
     parts["cache"] = _bytes_of(prefilled.cache)
-    return jax.jit(go_on), (state.params, state.codebooks, prefilled, rows, key), parts
+    program = jax.jit(go_on, compiler_options=compiler_options(platform))
+    return program, (state.params, state.codebooks, prefilled, rows, key), parts
 
 
 def _attention(
@@ -219,7 +223,9 @@ def _attention(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         jax.eval_shape(program.begin),
     )
-    return jax.jit(program.function, donate_argnums=0), (state, inputs), {}
+    options = compiler_options(devices[0].platform)
+    compiled = jax.jit(program.function, donate_argnums=0, compiler_options=options)
+    return compiled, (state, inputs), {}
 
 
 # ---- Bytes by kind -------------------------------------------------------------------------------

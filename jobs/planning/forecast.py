@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from jobs.console import Console
 from jobs.errors import UserError
-from jobs.planning.changes import stated
+from jobs.planning.changes import offered
 from jobs.planning.chips import devices_of, read_target
 from jobs.planning.compilations import are_known, has_libtpu
 from jobs.planning.compiler import PROGRAMS
@@ -59,7 +59,7 @@ def _text(made: Plan) -> str:
     memory = f"{memory_in_words(made.needed)} of {memory_in_words(made.memory_available)} a device"
     if not made.fits:
         fix = (
-            f"it fits with {stated(made.changes)}" if made.changes else f"{_AGAIN} looks for a way"
+            f"it fits with {offered(made.changes)}" if made.changes else f"{_AGAIN} looks for a way"
         )
         return f"{made.target.text}: does not fit, needs {memory}; {fix}"
     words = f"{made.target.text}: fits, {memory}; an estimate of {hours_in_words(made.hours)}"

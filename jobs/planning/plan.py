@@ -34,7 +34,7 @@ GPU_ASSUMPTION = (
     "of a GPU only the matrix products are known, from XLA's compiler for the CPU: memory traffic"
     " is left out, and the memory needed is that of the CPU's program"
 )
-_CHANGES_TRIED = 3
+_CHANGES_TRIED = 5
 GPU_SHARE = 0.75
 """Of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 

@@ -2,13 +2,14 @@
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.console import Console
 from jobs.palette import PALETTE
-from jobs.planning.changes import stated
+from jobs.planning.changes import is_another_training, offered
 from jobs.planning.chips import GIB
 from jobs.planning.plan import Plan
 from pipeline.storage import LocalStore
@@ -55,11 +56,14 @@ def verdict(plans: Sequence[Plan]) -> str:
 
 
 def cheapest(plans: Sequence[Plan]) -> Plan | None:
-    """Of those that fit, with their changes if need be, the one whose devices cost least."""
+    """Of those that fit, with their changes if need be, the one whose devices cost least; another
+    training is none of them."""
     priced = [
         (one.money.devices, index, one)
         for index, each in enumerate(plans)
-        if (one := each if each.fits else each.changed) and one.money
+        if (one := each if each.fits else each.changed)
+        and one.money
+        and not is_another_training(each.changes)
     ]
     return min(priced)[2] if priced else None
 
@@ -70,7 +74,7 @@ def comparison_table(plans: Sequence[Plan]) -> tuple[list[str], list[list[str]]]
     rows = []
     for each in plans:
         one = each if each.fits else each.changed or each
-        with_ = f"with {_changes(each)}" if each.changed else "no"
+        with_ = f"with {offered(each.changes)}" if each.changed else "no"
         rows.append(
             [
                 each.target.text,
@@ -96,9 +100,11 @@ def _print_plan(name: str, plan: Plan, console: Console) -> None:
         console.result(f"does not fit: needs {needed} {limit}; mesh {axes}")
         if plan.changed:
             needed = memory_in_words(plan.changed.needed)
-            console.result(f"fits with {_changes(plan)}: {needed} {limit} (compiled)")
+            console.result(f"fits with {offered(plan.changes)}: {needed} {limit} (compiled)")
         else:
-            console.result("no change of accumulation, remat or fsdp is known to make it fit")
+            console.result(
+                "no change of fsdp, remat, accumulation or batch is known to make it fit"
+            )
     if plan.padded_rows:
         console.result(
             f"{plan.padded_rows} of {plan.padded_rows + plan.batch_rows} rows are padding: data x"
@@ -112,7 +118,7 @@ def _print_plan(name: str, plan: Plan, console: Console) -> None:
             " are: activations travel; try a smaller cluster.tensor"
         )
     if plan.changed:
-        console.line(f"below: with {_changes(plan)}")
+        console.line(f"below: with {offered(plan.changes)}")
     console.line()
     console.table(
         ["memory of a device", "size"],
@@ -239,57 +245,82 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def draw(name: str, plans: Sequence[Plan], path: Path) -> None:
-    """Memory by kind and time of a batch by what it is spent on, a target a bar."""
+    """Memory by kind and time of a batch by what it is spent on, a target a bar; where it does not
+    fit, another bar of what does."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 2.2 + 0.7 * len(plans)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    labels = [each.target.text + ("" if each.fits else " (does not fit)") for each in plans]
-    at = range(len(plans))
-    colours = [*PALETTE, "#999999", "#DDDDDD"]
-    begins = [0.0] * len(plans)
-    for colour, (kind, label) in zip(colours, _KINDS.items(), strict=False):
-        sizes = [each.memory.get(kind, 0) / GIB for each in plans]
-        if any(sizes):
-            left.barh(at, sizes, 0.6, begins, color=colour, label=label)
-            begins = [begin + size for begin, size in zip(begins, sizes, strict=True)]
-    for index, each in enumerate(plans):
-        limit = each.memory_available / GIB
-        left.plot([limit, limit], [index - 0.4, index + 0.4], color="black", linewidth=2)
-    left.plot([], [], color="black", linewidth=2, label="what a device has")
-    left.set_yticks(at, labels)
+    bars = [(each.target.text, each) for each in plans]
+    for each in reversed(plans):
+        if each.changed:
+            changed = re.sub(r" (?!training\))", "\n", offered(each.changes))
+            at = bars.index((each.target.text, each)) + 1
+            bars.insert(at, (f"{each.target.text} with\n{changed}", each.changed))
+    figure = Figure(figsize=(10, 2 + 0.75 * len(bars)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_memory(left, [each for _, each in bars])
+    _draw_time(right, [each for _, each in bars])
+    left.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize="small")
     left.invert_yaxis()
-    left.set_xlabel("GiB a device, training step")
-    begins = [0.0] * len(plans)
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize="x-small",
-        frameon=False,
-    )  # fmt: skip
-    for offset, (part, label) in enumerate(
-        (("products", "matrix products"), ("memory", "memory"), ("network", "collectives"))
-    ):
-        values = [1e3 * getattr(each.time, part) if each.time else 0.0 for each in plans]
-        right.barh(
-            [index + 0.22 * (offset - 1) for index in at], values, 0.2, color=PALETTE[offset],
-            label=label,
-        )  # fmt: skip
-    right.set_yticks(at, [""] * len(plans))
-    right.invert_yaxis()
-    right.set_xlabel("ms a batch, each alone at full speed (estimate)")
-    right.legend(fontsize="x-small", frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="x-small",
+        frameon=False,
+    )  # fmt: skip
     figure.suptitle(f"{name}, planned")
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
     LocalStore(path.absolute().parent).write(path.name, drawn.getvalue())
 
 
+def _draw_memory(axes: Any, plans: Sequence[Plan]) -> None:
+    at = range(len(plans))
+    begins = [0.0] * len(plans)
+
+    def put(sizes: list[float], **style: Any) -> None:
+        nonlocal begins
+        if any(sizes):
+            axes.barh(at, sizes, 0.6, begins, **style)
+            begins = [begin + size for begin, size in zip(begins, sizes, strict=True)]
+
+    for colour, (kind, label) in zip([*PALETTE, "#999999", "#DDDDDD"], _KINDS.items(), strict=True):
+        put([each.memory.get(kind, 0) / GIB for each in plans], color=colour, label=label)
+    needed = [(each.programs[0].needed or 0) / GIB for each in plans]
+    rest = [0 if each.time else max(0, all_ - begin)
+            for each, all_, begin in zip(plans, needed, begins, strict=True)]  # fmt: skip
+    put(rest, color="white", edgecolor="#444444", hatch="////", label="not known of what")
+    widest = max(*begins, *(each.memory_available / GIB for each in plans))
+    for index, each in enumerate(plans):
+        limit = each.memory_available / GIB
+        axes.plot([limit, limit], [index - 0.4, index + 0.4], color="black", linewidth=2,
+                  label="" if index else "what a device has")  # fmt: skip
+        said = f"{memory_in_words(each.programs[0].needed)}\nof {limit:.2f}"
+        colour = "black" if each.programs[0].fits else PALETTE[1]
+        place = max(begins[index], limit) + 0.01 * widest
+        axes.text(place, index, said, va="center", fontsize="small", color=colour)
+    axes.set_xlim(0, 1.2 * widest)
+    axes.set_xlabel("GiB a device, training step")
+
+
+def _draw_time(axes: Any, plans: Sequence[Plan]) -> None:
+    longest = max((each.time.total for each in plans if each.time), default=0.001)
+    for index, each in enumerate(plans):
+        if each.time is None:
+            axes.text(0, index, " not known", va="center", fontsize="small")
+            continue
+        parts = {"matrix products": each.time.products, "memory": each.time.memory,
+                 "collectives": each.time.network, "batch": each.time.total}  # fmt: skip
+        for offset, (label, seconds) in enumerate(parts.items()):
+            place = index + 0.17 * (offset - 1.5)
+            axes.barh(place, 1e3 * seconds, 0.14, color="black" if label == "batch" else "#999999")
+            axes.text(1e3 * seconds, place, f" {label} {1e3 * seconds:,.1f}", va="center",
+                      fontsize="x-small")  # fmt: skip
+    axes.set_xlim(0, 1.4 * 1e3 * longest)
+    axes.set_xlabel("ms a batch (estimate)")
+
+
 # ---- Words ---------------------------------------------------------------------------------------
-
-
-def _changes(plan: Plan) -> str:
-    return stated(plan.changes)
 
 
 def _devices(plan: Plan) -> int:

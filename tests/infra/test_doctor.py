@@ -229,11 +229,14 @@ def test_ray_that_is_away(tmp_path: Path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_that_is_there_and_too_small():
-    """A real cluster on loopback."""
+def test_ray_that_is_there_and_too_small(monkeypatch: pytest.MonkeyPatch):
+    """A real cluster on loopback, where who asks must look for it, too."""
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Ray asks for a token by default, and sends none unless it is told to.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
     # Another process: a test's own Ray session would be asked instead.
     code = (
-        "import os; os.environ['RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'] = '0'\n"
         "import ray, sys; c = ray.init('local', num_cpus=2, include_dashboard=False,"
         " log_to_driver=False, object_store_memory=10**8)\n"
         "print(c.address_info['gcs_address'], flush=True)\n"

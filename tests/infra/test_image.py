@@ -9,6 +9,7 @@ import sysconfig
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from sqlalchemy.engine import make_url
 
 from tests.infra.manifests import INFRA
 from tests.test_house import PROJECT, locked
@@ -92,3 +93,13 @@ def test_a_lock_is_of_the_versions_that_the_tests_ran_with(
         wanted = Requirement(text)
         [version] = lock[canonicalize_name(wanted.name)].specifier
         assert version.version in wanted.specifier
+
+
+def test_the_mlflow_image_has_the_driver_of_each_address_of_a_database():
+    texts = [path.read_text() for path in INFRA.rglob("*") if path.suffix in (".yaml", ".ini")]
+    found = [re.findall(r"postgresql[\w+]*://[^\s\"\]]+", text) for text in texts]
+    addresses = {address for each in found for address in each}
+    assert addresses
+    for address in addresses:
+        driver = make_url(address).get_driver_name()
+        assert {driver, f"{driver}-binary"} & lock_of("cpu").keys(), address

@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from PIL import Image
 
@@ -14,15 +15,15 @@ from jobs.console import Console
 from jobs.errors import UserError
 from jobs.planning import compilations
 from jobs.planning import report as plan_report
-from jobs.planning.attention import compare_forms
 from jobs.planning.changes import possible_changes, with_changes
 from jobs.planning.chips import CHIPS, devices_of, read_target
 from jobs.planning.compilations import compile_for
+from jobs.planning.compiler import _program
 from jobs.planning.forecast import forecast, refuse_what_does_not_fit
 from jobs.planning.plan import Plan, bytes_wanted, plan
 from jobs.planning.prices import read_prices
 from model.config import ConfigError
-from model.counts import flops_per_token, parameter_count
+from model.counts import parameter_count
 from tests.micro import RECIPE, write_micro
 
 pytestmark = pytest.mark.timeout(900)  # three programs are compiled: 27 s of a core
@@ -136,6 +137,21 @@ def test_the_second_time_the_compiler_is_not_asked(
     assert plan(renamed, "cpu:2").checkpoints_kept == 7
     with pytest.raises(OSError, match="no such python"):
         plan(with_changes(micro, {"training.batch_size": 8}), "cpu:2")
+
+
+@pytest.mark.parametrize("name", ["train", "decode", "attention serial 64"])
+def test_the_compiler_is_told_what_it_is_told_where_the_program_runs(
+    name: str, micro: recipe.Recipe, monkeypatch: pytest.MonkeyPatch
+):
+    def options(platform: str) -> dict[str, str]:
+        assert platform == "cpu"
+        return {"xla_no_such_option": "1"}
+
+    monkeypatch.setattr("jobs.training.programs.compiler_options", options)
+    monkeypatch.setattr("jobs.planning.compiler.compiler_options", options)
+    program, arguments, _ = _program(micro, name, jax.devices("cpu")[:1])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        program.lower(*arguments).compile()
 
 
 def test_a_gpu_is_planned_with_the_cpus_compiler_and_says_so(
@@ -377,18 +393,14 @@ def test_what_is_too_large_for_a_tpu_is_refused_in_the_compilers_words(micro: re
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.timeout(1800)
-def test_forms_of_attention_on_a_tpu_cost_what_they_are(micro: recipe.Recipe):
-    compared = compare_forms(
-        micro, read_target("v5e:1x1"), [256, 512], limit_seconds=1500, console=Console(quiet=True)
-    )
-    serial = [compared.of("serial", length).flops_per_token for length in (256, 512)]
-    dense = [compared.of("full-chunked", length).flops_per_token for length in (256, 512)]
-    assert serial[0] == pytest.approx(serial[1], rel=0.02)
-    assert dense[0]
-    assert dense[1]
-    assert dense[1] > 1.3 * dense[0]
-    one = dataclasses.replace(micro.model, n_layers=1)
-    two = dataclasses.replace(micro.model, n_layers=2)
-    assert serial[1] == pytest.approx(
-        flops_per_token(two, 512) - flops_per_token(one, 512), rel=0.1
-    )
+def test_what_does_not_fit_a_tpu_is_refused_with_a_change_that_fits():
+    enwik8 = recipe.resolve(recipe.load("enwik8", ("model.remat=false",)))
+    refused = plan(enwik8, "v5e:2x4")
+    assert not refused.fits
+    assert refused.needed
+    assert refused.needed > CHIPS["v5e"].memory
+    assert refused.changes == {"model.remat": True}
+    assert refused.changed
+    assert refused.changed.fits
+    # The recipe as it is published.
+    assert plan(recipe.resolve(recipe.load("enwik8")), "v5e:2x4") == refused.changed
