@@ -51,6 +51,7 @@ def tvq(head: RayHead, folder: Path, *arguments: str, code: int | None = 0) -> s
     output = ran.stdout + ran.stderr
     assert code is None or ran.returncode == code, (ran.returncode, output)
     assert "Traceback (most recent call last)" not in ran.stderr
+    assert "INFO" not in ran.stderr, "Ray talks"
     return output
 
 
@@ -116,6 +117,7 @@ def test_ctrl_c_detaches_stop_saves_and_the_same_command_resumes(head, workplace
         line = follower.stdout.readline()
         assert line, seen
         seen += line
+    time.sleep(2)  # a line comes every ten seconds: it waits for one
     follower.send_signal(signal.SIGINT)
     seen += follower.communicate(timeout=60)[0]
     assert follower.returncode == 130, seen

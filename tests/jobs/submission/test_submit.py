@@ -69,6 +69,18 @@ def test_the_tracking_server_of_the_environment_goes_along(monkeypatch):
     assert "hunter2" not in str(caught.value)
 
 
+def test_a_tracking_file_of_this_folder_is_that_of_the_job(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    here = request("http://127.0.0.1:8265")
+    for stated in ("sqlite:///mlflow.db", f"sqlite:///{tmp_path}/mlflow.db"):
+        stating = ("data.corpus=gs://bucket/books", f"tracking.uri={stated}")
+        local = recipes.load("tiny", stating)
+        assert settled(local, "runs", here)[0].tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
+        with pytest.raises(UserError, match=f"tracking.uri: {tmp_path}/mlflow.db is on this"):
+            settled(local, "gs://bucket/runs", request())
+
+
 def dry(capsys, **fields) -> str:
     submit_command(
         "tiny",
