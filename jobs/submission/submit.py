@@ -173,7 +173,7 @@ def ended(jobs: RayJobs, job: Job, console: Console) -> ExitCode | int:
     elif job.status == "STOPPED":
         console.warning(f"{job.submission_id}: stopped; submit it again to go on")
     else:
-        reason = failure(jobs.log(job.submission_id)) or [job.message]
+        reason = failure(jobs.log(job.submission_id), code) or [job.message]
         said = [f"{job.submission_id}: failed with exit code {int(code)}", *reason]
         console.warning("\n  ".join(said))
     return code

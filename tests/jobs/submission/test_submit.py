@@ -187,12 +187,15 @@ ZeroDivisionError: by zero
 
 
 def test_the_reason_of_a_failure_comes_first():
-    assert failure(LOG) == [
+    assert failure(LOG, 1) == [
         "ZeroDivisionError: by zero",
         "  in train_step (model/training.py:7)",
         "  in train (jobs/training/train.py:99)",
-        "  and 1 frames of libraries",
+        "  and 1 frame of libraries",
     ]
-    assert failure(LOG + "error: data.corpus: not found\n") == ["error: data.corpus: not found"]
-    assert failure("one\ntwo\n") == ["one", "two"]
-    assert failure("") == []
+    assert failure(LOG + "error: data.corpus: not found\n", 2) == ["error: data.corpus: not found"]
+    assert failure("one\ntwo\n", 1) == ["one", "two"]
+    assert failure("", 1) == []
+    [killed] = failure(LOG + "Killed\n", 137)
+    assert killed.startswith("killed by SIGKILL, perhaps since memory was short")
+    assert failure("one\n", ExitCode.INTERRUPTED) == ["one"]
