@@ -158,6 +158,13 @@ def test_a_job_that_no_node_has_room_for_says_so(head, workplace):
     assert follower.returncode == 130
 
 
+def test_workers_that_have_to_wait_for_a_place_say_so(head, workplace):
+    waits = ["cluster.workers=3", "cluster.start_timeout_seconds=5"]
+    output = submit(head, workplace, "many", *waits, code=4)
+    assert "room for 2 of 3 workers of CPU 1 each now; the training waits for it, 5 s" in output
+    assert "error: no place for 3 workers" in output
+
+
 def test_a_secret_that_the_cluster_lacks_ends_the_job(head, workplace):
     output = submit(head, workplace, "poor", "--secret", "NOWHERE_SET", code=2)
     assert "error: NOWHERE_SET: not set on this cluster" in output
