@@ -127,6 +127,19 @@ def submit_command(
     console.line(f"plan      {foreseen.text}")
     refuse_what_does_not_fit(foreseen.plan)
     if dry:
+        if as_json:
+            console.json(
+                {
+                    "run": name,
+                    "root": str(root),
+                    "data": recipe.data.corpora,
+                    "tracking": recipe.tracking.uri,
+                    "uploads": {"name": wheel.name, "files": wheel.files, "bytes": len(wheel.data)},
+                    "sets": list(variables),
+                    "expects": request.secrets,
+                    "plan": foreseen.text,
+                }
+            )
         return ExitCode.OK
     jobs = RayJobs(request.address)
     job_id, started = _start(jobs, recipe, root, name, wheel, variables, request)
@@ -136,13 +149,16 @@ def submit_command(
     if detach:
         console.line(f"follow it: {_logs_command(request.address, job_id)}")
         return ExitCode.OK
-    return follow(jobs, job_id, console)
+    return follow(jobs, job_id, console, quiet=console.quiet)
 
 
-def follow(jobs: RayJobs, job_id: str, console: Console) -> ExitCode | int:
-    """Shows what the job prints until it ends; Ctrl-C leaves it alone. Returns its exit code."""
+def follow(jobs: RayJobs, job_id: str, console: Console, *, quiet: bool = False) -> ExitCode | int:
+    """Shows what the job prints until it ends; Ctrl-C leaves it alone. Returns its exit code.
+
+    `quiet`: shows nothing of it, and only waits.
+    """
     try:
-        job = jobs.follow(job_id, console.write)
+        job = jobs.follow(job_id, (lambda text: None) if quiet else console.write)
     except KeyboardInterrupt:
         return detached(jobs, job_id, console)
     return ended(jobs, job, console)

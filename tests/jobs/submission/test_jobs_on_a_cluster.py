@@ -76,9 +76,11 @@ def test_submitted_followed_and_submitted_again(head, workplace):
     again = submit(head, workplace, "first")
     assert "already finished at update 40; nothing to do" in again
     assert job_of(again) != job_of(output)
+    waited = json.loads(submit(head, workplace, "first", "--json"))  # and nothing of the log
+    assert waited["job"] not in (job_of(again), job_of(output))
     listed = json.loads(tvq(head, workplace, "jobs", "list", "--json"))
     ours = [job for job in listed if job["metadata"]["tvq_run"] == "first"]
-    assert [job["status"] for job in ours] == ["SUCCEEDED"] * 2
+    assert [job["status"] for job in ours] == ["SUCCEEDED"] * 3
     assert tvq(head, workplace, "jobs", "wait", job_of(output)).endswith("succeeded\n")
 
 

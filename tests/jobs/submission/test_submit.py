@@ -81,7 +81,7 @@ def test_a_tracking_file_of_this_folder_is_that_of_the_job(monkeypatch, tmp_path
             settled(local, "gs://bucket/runs", request())
 
 
-def dry(capsys, **fields) -> str:
+def dry(capsys, *, as_json: bool = False, **fields) -> str:
     submit_command(
         "tiny",
         ("data.corpus=gs://bucket/books", "tracking.uri=https://mlflow.example"),
@@ -90,8 +90,8 @@ def dry(capsys, **fields) -> str:
         name="tiny",
         detach=False,
         dry=True,
-        console=Console(),
-        as_json=False,
+        console=Console(quiet=as_json),
+        as_json=as_json,
     )
     return capsys.readouterr().out
 
@@ -110,6 +110,9 @@ def test_a_secret_is_passed_by_name_alone(monkeypatch, capsys, tmp_path):
     assert "HF_TOKEN to be set on the cluster" in shown
     assert "hunter2" not in shown
     assert "C.UTF-8" not in shown
+    fields = json.loads(dry(capsys, as_json=True, variables=("LANG",), secrets=("HF_TOKEN",)))
+    assert (fields["data"], fields["expects"]) == ({"gs://bucket/books": 1}, ["HF_TOKEN"])
+    assert "LANG" in fields["sets"]
 
 
 @pytest.mark.parametrize(
