@@ -35,6 +35,12 @@ def resources(cluster: "ClusterConfig") -> dict[str, float]:
     return asked
 
 
+def room(cluster: "ClusterConfig", nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many workers find a place on nodes that have these resources each, by Ray's names."""
+    asked = resources(cluster).items()
+    return sum(int(min(node.get(name, 0.0) // amount for name, amount in asked)) for node in nodes)
+
+
 def ray_accelerator_type(cluster: "ClusterConfig") -> str | None:
     """Ray's name for the kind of TPU; None for what is none."""
     if cluster.accelerator != "tpu":

@@ -48,6 +48,20 @@ class PlacementLimit(ControllerCallback):
             time.sleep(0.2)  # the loop does not, and would take a whole core
 
 
+def waits_for_place(cluster: ClusterConfig) -> str | None:
+    """What a group is about to wait for, on one line; None: there is room for it now."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # What is free is known of the cluster as a whole.
+    free = min(accelerators.room(cluster, each) for each in (nodes, [ray.available_resources()]))
+    if free >= cluster.least_workers:
+        return None
+    asked = ", ".join(f"{name} {n:g}" for name, n in accelerators.resources(cluster).items())
+    return (
+        f"the cluster has room for {free} of {cluster.least_workers} workers of {asked} each now;"
+        f" the training waits for it, {cluster.start_timeout_seconds} s at most"
+    )
+
+
 def no_place(cluster: ClusterConfig) -> UserError:
     """What was asked for and what is there, on one line."""
     asked = accelerators.resources(cluster)

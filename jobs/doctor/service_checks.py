@@ -215,9 +215,7 @@ def room(
     if cluster is None or not cluster.workers:
         return Finding("ray", found)
     asked = accelerators.resources(cluster)
-    fit = sum(
-        int(min(node.get(name, 0.0) // amount for name, amount in asked.items())) for node in nodes
-    )
+    fit = accelerators.room(cluster, nodes)
     each = ", ".join(f"{name} {amount:g}" for name, amount in asked.items())
     needed = cluster.least_workers
     if fit >= needed:

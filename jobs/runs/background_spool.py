@@ -5,7 +5,7 @@ import threading
 import time
 
 from jobs.runs.metric_spool import MetricPoint, MetricSpool
-from pipeline.errors import CorpusError
+from pipeline.errors import CorpusError, PassingFaultError
 from pipeline.storage import Location
 
 log = logging.getLogger("tvq.metrics")
@@ -54,7 +54,7 @@ class BackgroundSpool(MetricSpool):
             super().flush()
 
     def close(self, limit_s: float = 600.0) -> None:
-        """Stores what is left, within the limit, and ends the thread.
+        """Stores what is left and ends the thread; waits for an outage to pass, within the limit.
 
         Raises:
             CorpusError: it cannot be stored.
@@ -66,7 +66,7 @@ class BackgroundSpool(MetricSpool):
         while True:
             try:
                 return self.wait()
-            except CorpusError:
+            except PassingFaultError:
                 if time.monotonic() >= deadline:
                     raise
             time.sleep(self._flush_seconds)

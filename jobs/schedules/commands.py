@@ -104,7 +104,7 @@ def list_command(root: Location, *, console: Console, as_json: bool) -> None:
             )
             for schedule, last, first in rows
         ],
-        texts=["cron"],
+        texts=["cron", "last tick", "outcome"],
     )
 
 

@@ -5,7 +5,7 @@ import time
 from jobs.console import Console, clock_time
 from jobs.errors import ExitCode, UserError
 from jobs.submission.ray_jobs import Job, RayJobs
-from jobs.submission.submit import STOP_MARGIN_SECONDS, ended, exit_code, follow
+from jobs.submission.submit import STOP_MARGIN_SECONDS, detached, ended, exit_code, follow
 
 _POLL_SECONDS = 1.0
 
@@ -65,8 +65,8 @@ def stop_command(address: str, job_id: str, *, console: Console) -> int:
     job = _awaited(jobs, job_id, grace)
     if job.is_running:
         raise UserError(
-            f"job {job_id}: is {job.status} {grace:.0f} s after it was asked to stop; look at the"
-            f" cluster's dashboard, {address}",
+            f"job {job_id}: is {job.status.lower()} {grace:.0f} s after it was asked to stop; look"
+            f" at the cluster's dashboard, {address}",
             ExitCode.FAILED,
         )
     console.line(f"{job_id}: {job.status.lower()}")
@@ -76,16 +76,20 @@ def stop_command(address: str, job_id: str, *, console: Console) -> int:
 def wait_command(
     address: str, job_id: str, *, limit_seconds: float | None, console: Console
 ) -> int:
-    """Waits until a job has ended; the exit code is that of `tvq` in it.
+    """Waits until a job has ended; the exit code is that of `tvq` in it. Ctrl-C leaves it alone.
 
     Raises:
         UserError: it has not ended within the limit; it goes on.
     """
     jobs = RayJobs(address)
-    job = _awaited(jobs, job_id, limit_seconds)
+    try:
+        job = _awaited(jobs, job_id, limit_seconds)
+    except KeyboardInterrupt:
+        return detached(jobs, job_id, console)
     if job.is_running:
         raise UserError(
-            f"job {job_id}: is {job.status} after {limit_seconds:.0f} s; it goes on", ExitCode.BUSY
+            f"job {job_id}: is {job.status.lower()} after {limit_seconds:.0f} s; it goes on",
+            ExitCode.BUSY,
         )
     return ended(jobs, job, console)
 

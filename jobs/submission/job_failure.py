@@ -1,19 +1,27 @@
 """Why a job failed, of its log: what its reader needs first comes first."""
 
 import re
+import signal
 from collections.abc import Sequence
+
+from jobs.errors import ExitCode
 
 _PACKAGES = ("pipeline", "model", "jobs")
 _FRAME = re.compile(r'  File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<name>.+)')
 _LAST_LINES = 10
+_BY_SIGNAL = 128
 
 
-def failure(log: str) -> list[str]:
+def failure(log: str, code: int) -> list[str]:
     """The reason in as few lines as it takes, the error itself first.
 
-    `tvq` prints a user's mistake as one line. Of a traceback: the exception, then the frames in
-    tvq's own code, the innermost first; those of frameworks are counted. Else the last lines.
+    Of what was killed only the signal is known, by the `code` of its shell. `tvq` prints a user's
+    mistake as one line. Of a traceback: the exception, then the frames in tvq's own code, the
+    innermost first; those of frameworks are counted. Else the last lines.
     """
+    if (killer := _killer(code)) is not None:
+        memory = ", perhaps since memory was short" if killer == signal.SIGKILL else ""
+        return [f"killed by {killer.name}{memory}; submit it again to go on"]
     lines = log.rstrip().splitlines()
     traceback = _last(lines, "Traceback (most recent call last):")
     error = _last(lines, "error: ")
@@ -32,8 +40,15 @@ def failure(log: str) -> list[str]:
     return [
         body[ends[0]],
         *shown,
-        *([f"  and {others} frames of libraries"] if others else []),
+        *([f"  and {others} frame{'s' * (others > 1)} of libraries"] if others else []),
     ]
+
+
+def _killer(code: int) -> signal.Signals | None:
+    """The signal that a shell's exit code tells of."""
+    number = code - _BY_SIGNAL
+    known = number in set(signal.Signals) and code != ExitCode.INTERRUPTED
+    return signal.Signals(number) if known else None
 
 
 def _last(lines: Sequence[str], start: str) -> int | None:

@@ -17,6 +17,8 @@ from jobs.errors import UserError
 log = logging.getLogger("tvq.ray_jobs")
 
 RUNNING = ("PENDING", "RUNNING")
+_TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+"""Ray's loggers that tell of uploads and sockets, each at a level of its own (ray 2.60)."""
 _RECONNECT_SECONDS = 2.0
 _PENDING_POLL_SECONDS = 0.5
 _PENDING_SECONDS = 15.0
@@ -69,7 +71,8 @@ class RayJobs:
         # Ray reads what `_use_token` sets when it is imported.
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of uploads and sockets
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
         with self._told():
             self._client = JobSubmissionClient(address)
 
@@ -178,21 +181,20 @@ class RayJobs:
 
     def _tail(self, submission_id: str, skip: int) -> Iterator[str]:
         """What is printed while the connection stands, without the first `skip` characters."""
-        loop = asyncio.new_event_loop()
         lines = self._client.tail_job_logs(submission_id)
-        try:
-            while True:
-                text = loop.run_until_complete(anext(lines))
-                if skip < len(text):
-                    yield text[skip:]
-                skip = max(0, skip - len(text))
-        except StopAsyncIteration:
-            return
-        except (RuntimeError, OSError) as error:  # aiohttp's errors of connections are OSErrors
-            log.info("the log of %s is interrupted: %r", submission_id, error)
-        finally:
-            loop.run_until_complete(lines.aclose())  # pyright: ignore[reportAttributeAccessIssue]
-            loop.close()
+
+        async def more() -> str | None:
+            return await anext(lines, None)
+
+        # A Runner, since on Ctrl-C it cancels what is awaited; the generator could not be closed.
+        with asyncio.Runner() as runner:
+            try:
+                while (text := runner.run(more())) is not None:
+                    if skip < len(text):
+                        yield text[skip:]
+                    skip = max(0, skip - len(text))
+            except (RuntimeError, OSError) as error:  # aiohttp's errors of connections are OSErrors
+                log.info("the log of %s is interrupted: %r", submission_id, error)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

@@ -127,30 +127,49 @@ def submit_command(
     console.line(f"plan      {foreseen.text}")
     refuse_what_does_not_fit(foreseen.plan)
     if dry:
+        if as_json:
+            console.json(
+                {
+                    "run": name,
+                    "root": str(root),
+                    "data": recipe.data.corpora,
+                    "tracking": recipe.tracking.uri,
+                    "uploads": {"name": wheel.name, "files": wheel.files, "bytes": len(wheel.data)},
+                    "sets": list(variables),
+                    "expects": request.secrets,
+                    "plan": foreseen.text,
+                }
+            )
         return ExitCode.OK
     jobs = RayJobs(request.address)
     job_id, started = _start(jobs, recipe, root, name, wheel, variables, request)
-    again = f"tvq jobs logs {job_id} --follow --address {request.address}"
     if as_json:
         console.json({"job": job_id, "started": started, "run": name, "root": str(root)})
     console.line(f"{'submitted' if started else 'attached to'} {job_id}")
     if detach:
-        console.line(f"follow it: {again}")
+        console.line(f"follow it: {_logs_command(request.address, job_id)}")
         return ExitCode.OK
-    return follow(jobs, job_id, console)
+    return follow(jobs, job_id, console, quiet=console.quiet)
 
 
-def follow(jobs: RayJobs, job_id: str, console: Console) -> ExitCode | int:
-    """Shows what the job prints until it ends; Ctrl-C leaves it alone. Returns its exit code."""
+def follow(jobs: RayJobs, job_id: str, console: Console, *, quiet: bool = False) -> ExitCode | int:
+    """Shows what the job prints until it ends; Ctrl-C leaves it alone. Returns its exit code.
+
+    `quiet`: shows nothing of it, and only waits.
+    """
     try:
-        job = jobs.follow(job_id, console.write)
+        job = jobs.follow(job_id, (lambda text: None) if quiet else console.write)
     except KeyboardInterrupt:
-        console.line(
-            f"\ndetached; {job_id} goes on. Follow it: tvq jobs logs {job_id} --follow --address"
-            f" {jobs.address}. Stop it: tvq jobs stop {job_id} --address {jobs.address}"
-        )
-        return ExitCode.INTERRUPTED
+        return detached(jobs, job_id, console)
     return ended(jobs, job, console)
+
+
+def detached(jobs: RayJobs, job_id: str, console: Console) -> ExitCode:
+    """Tells after Ctrl-C that the job goes on, and how to come back to it."""
+    console.line(f"\ndetached; {job_id} goes on")
+    console.line(f"follow it: {_logs_command(jobs.address, job_id)}")
+    console.line(f"stop it:   tvq jobs stop {job_id} --address {jobs.address}")
+    return ExitCode.INTERRUPTED
 
 
 def exit_code(job: Job) -> ExitCode | int:
@@ -170,7 +189,7 @@ def ended(jobs: RayJobs, job: Job, console: Console) -> ExitCode | int:
     elif job.status == "STOPPED":
         console.warning(f"{job.submission_id}: stopped; submit it again to go on")
     else:
-        reason = failure(jobs.log(job.submission_id)) or [job.message]
+        reason = failure(jobs.log(job.submission_id), code) or [job.message]
         said = [f"{job.submission_id}: failed with exit code {int(code)}", *reason]
         console.warning("\n  ".join(said))
     return code
@@ -237,10 +256,10 @@ def seen_tracking(request: Request, stated: str | None) -> str | None:
             " leave it out and give --secret MLFLOW_TRACKING_USERNAME --secret"
             " MLFLOW_TRACKING_PASSWORD"
         )
-    if uri and not uri.startswith(("http://", "https://")):
-        remedy = "give the URL of an MLflow server"
-        seen(request, "tracking.uri", uri.partition("://")[2] or uri, remedy)
-    return uri
+    if not (file := re.fullmatch(r"(sqlite:///|file://)?([^:]+)", uri or "")):
+        return uri
+    where = seen(request, "tracking.uri", file[2], "give the URL of an MLflow server")
+    return f"{file[1] or ''}{where}"  # absolute: a job runs in a folder of its own
 
 
 def job_variables(
@@ -272,6 +291,10 @@ def job_variables(
 def root_mark(root: Location) -> str:
     """Of a job's id: one cluster may serve several roots, with runs of the same names."""
     return hashlib.sha256(str(root).encode()).hexdigest()[:8]
+
+
+def _logs_command(address: str, job_id: str) -> str:
+    return f"tvq jobs logs {job_id} --follow --address {address}"
 
 
 def _start(

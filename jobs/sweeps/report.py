@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.comparison.seed_spread import LEAST_SEEDS
 from jobs.units import NATS_PER_BIT
 
 
@@ -99,6 +100,8 @@ def _difference(best: Configuration, second: Configuration, root: Path) -> str:
     low, high = _interval([_worse_by(*pair) for pair in pairs])
     if low is not None and high is not None:
         sure = "more than chance" if low > 0 else "not more than the seeds differ"
+        if low > 0 and len(pairs) < LEAST_SEEDS:  # as `tvq compare` says of the same runs
+            sure = f"a verdict takes {LEAST_SEEDS} seeds"
         return f"{mean:+.4f} (95% of {low:+.4f} to {high:+.4f} over {len(pairs)} seeds): {sure}"
     [(ours, other)] = pairs
     bounds, pieces = _over_blocks(ours, other, root)

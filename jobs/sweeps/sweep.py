@@ -77,7 +77,7 @@ def run_sweep(sweep: Sweep, root: Path, console: Console) -> list[Trial]:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     status = "FAILED"
     try:
-        with ray_session(None, cpus=sweep.parallel), _progress(sweep, root, console):
+        with ray_session(None, cpus=sweep.parallel):
             trials = _fit(sweep, root, console)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -121,7 +121,8 @@ def _fit(sweep: Sweep, root: Path, console: Console) -> list[Trial]:
         )
     # It logs the traceback of each trial that fails, which lies in the trial's folder.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with contextlib.redirect_stdout(io.StringIO()):  # Tune prints a table at any verbosity
+    # Tune prints a table at any verbosity.
+    with contextlib.redirect_stdout(io.StringIO()), _progress(sweep, root, console):
         grid = tuner.fit()
     if failed := [result for result in grid if result.error]:
         first = str(failed[0].error).strip().splitlines()[-1]

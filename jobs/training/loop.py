@@ -6,7 +6,9 @@ It knows nothing of Ray: `train` is a plain call, made once in every process of 
 import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from functools import partial
+from typing import Protocol
 
 import jax
 
@@ -38,6 +40,7 @@ from jobs.training.stopping import Notice, StopReason
 from jobs.training.validation import Validation
 from jobs.units import training_units
 from model.sharding import batch_sharding, make_mesh
+from pipeline.errors import CorpusError
 from pipeline.loader import training_batches
 from pipeline.mixture import Mixture
 from pipeline.patient_store import patiently
@@ -146,7 +149,7 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
         # The last one first.
         for each in (ledger, goodput, spool, batches, samples, writer, profile, watched):
             if each is not None:
-                closing.callback(each.close)
+                closing.enter_context(_closed(each))
         closing.enter_context(jax.transfer_guard("disallow"))
         while update < training.steps and not stopped:
             with goodput.phase("data_wait"):
@@ -205,3 +208,19 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
     run_log.event("group end", update=update, stopped=stopped.name)
     early = stopped if update < training.steps else StopReason.NONE
     return Outcome(update, early, goodput.summary())
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _closed(each: _Closable) -> Iterator[None]:
+    """Closes at the end; of what fails then, what the training failed of before is told."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(CorpusError):
+            each.close()
+        raise
+    each.close()

@@ -122,7 +122,7 @@ def train(
 
             with contextlib.ExitStack() as session:
                 if not finished:
-                    session.enter_context(worker_session(recipe.cluster))
+                    session.enter_context(worker_session(recipe.cluster, console.warning))
                 session.enter_context(stops.heard())
                 outcome = _supervise(
                     run, recipe, loop, lease, tracker, store, console, stops, on_points
@@ -363,10 +363,13 @@ def _supervise(
             try:
                 ended.wait(pause)
                 if stops.overdue:
+                    saved = newest_update(run)
+                    after = (
+                        f"goes on from the checkpoint at update {saved}" if saved else "begins anew"
+                    )
                     raise UserError(
                         f"run {run.name}: not saved within cluster.grace_seconds"
-                        f" ({stops.grace_seconds:g} s) of SIGTERM; the same command goes on from"
-                        f" the checkpoint at update {newest_update(run)}",
+                        f" ({stops.grace_seconds:g} s) of SIGTERM; the same command {after}",
                         ExitCode.PREEMPTED,
                     )
                 lease.check()

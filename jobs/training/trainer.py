@@ -36,8 +36,10 @@ class WorkersLostError(Exception):
 
 
 @contextlib.contextmanager
-def worker_session(cluster: ClusterConfig) -> Iterator[None]:
+def worker_session(cluster: ClusterConfig, warn: Callable[[str], None]) -> Iterator[None]:
     """The Ray session of a training; none where it runs in this process.
+
+    `warn` is told if a running cluster has no room for the workers now: they wait, for minutes.
 
     To be entered before `StopRequests.heard`: Ray's own handler of SIGTERM, which ends the process
     (ray 2.60), takes the place of any other when the session begins, in whatever thread that is.
@@ -49,6 +51,11 @@ def worker_session(cluster: ClusterConfig) -> Iterator[None]:
         yield
         return
     with ray_session(cluster.address, cpus=cluster.most_workers * cluster.cpus_per_worker):
+        if cluster.address or "RAY_ADDRESS" in os.environ:
+            from jobs.cluster.worker_placement import waits_for_place
+
+            if waiting := waits_for_place(cluster):
+                warn(waiting)
         yield
 
 

@@ -6,9 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jobs.errors import UserError
+from jobs.runs.background_spool import BackgroundSpool
 from jobs.runs.lease import Fence, Lease, LeaseLostError
+from jobs.runs.metric_spool import MetricPoint
 from jobs.runs.run_directory import RunDirectory, list_runs
 from jobs.runs.run_log import LogTail, close_log, event, events, open_log
+from pipeline.errors import CorpusError
+from tests.services import ObjectStoreServer
 
 
 def test_of_many_that_claim_at_once_one_wins(bucket: str):
@@ -76,3 +80,14 @@ def test_logs_of_two_starts_are_one_file(bucket: str):
         assert [line["number"] for line in tail.read()] == [number]
     numbers = [line["number"] for line in events(f"{bucket}/logs", "rank-0", "start")]
     assert numbers == [1, 2]
+
+
+@pytest.mark.timeout(60)
+def test_metrics_for_a_bucket_that_is_gone_are_not_waited_for(
+    bucket: str, object_store: ObjectStoreServer
+):
+    spool = BackgroundSpool(f"{bucket}/runs/first/metrics")
+    object_store.fault("404")
+    spool.append(MetricPoint(1, 1, 1, {"loss": 1.0}))
+    with pytest.raises(CorpusError, match="there is no bucket"):
+        spool.close()

@@ -132,7 +132,8 @@ def test_another_schedule_of_that_name_needs_replace(workplace: Path, capsys):
     assert schedule.overlap == "queue"
 
 
-def test_a_killed_daemon_leaves_its_launch_to_the_next(workplace: Path, capsys):
+@pytest.mark.parametrize("over", [False, True], ids=["running", "over"])
+def test_a_killed_daemon_leaves_its_launch_to_the_next(workplace: Path, capsys, over):
     """The flow fails at once (there is no such source): what counts is who saw to it, and when."""
     say(capsys, *ADD)
     (workplace / "books" / "one.txt").unlink()
@@ -144,13 +145,16 @@ def test_a_killed_daemon_leaves_its_launch_to_the_next(workplace: Path, capsys):
     os.kill(daemon.pid, signal.SIGKILL)
     daemon.wait()
     daemon.stdout.close()
-    ended = subprocess.run(
-        [*TVQ, "schedule", "tick", "nightly"],
-        capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
+    while over and not list(workplace.glob("runs/launches/*/exit.json")):
+        time.sleep(0.1)
+    tick = [*TVQ, "schedule", "tick", "nightly"]
+    ended = subprocess.run(tick, capture_output=True, text=True, check=False, timeout=240)
     assert ended.returncode == ExitCode.FAILED, ended.stderr
+    assert "nothing is due" not in ended.stdout
     assert "taken over from a daemon that is gone" in ended.stdout
     assert "launched as" not in ended.stdout
+    again = subprocess.run(tick, capture_output=True, text=True, check=True, timeout=240)
+    assert "nothing is due" in again.stdout
     [tick] = json.loads(say(capsys, "schedule", "history", "nightly", "--json"))
     assert (tick["outcome"], tick["attempts"]) == ("failed", 1)
     [output] = re.findall(r"its output: (\S+)", tick["detail"])

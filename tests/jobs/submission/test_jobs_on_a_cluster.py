@@ -51,6 +51,7 @@ def tvq(head: RayHead, folder: Path, *arguments: str, code: int | None = 0) -> s
     output = ran.stdout + ran.stderr
     assert code is None or ran.returncode == code, (ran.returncode, output)
     assert "Traceback (most recent call last)" not in ran.stderr
+    assert "INFO" not in ran.stderr, "Ray talks"
     return output
 
 
@@ -75,9 +76,11 @@ def test_submitted_followed_and_submitted_again(head, workplace):
     again = submit(head, workplace, "first")
     assert "already finished at update 40; nothing to do" in again
     assert job_of(again) != job_of(output)
+    waited = json.loads(submit(head, workplace, "first", "--json"))  # and nothing of the log
+    assert waited["job"] not in (job_of(again), job_of(output))
     listed = json.loads(tvq(head, workplace, "jobs", "list", "--json"))
     ours = [job for job in listed if job["metadata"]["tvq_run"] == "first"]
-    assert [job["status"] for job in ours] == ["SUCCEEDED"] * 2
+    assert [job["status"] for job in ours] == ["SUCCEEDED"] * 3
     assert tvq(head, workplace, "jobs", "wait", job_of(output)).endswith("succeeded\n")
 
 
@@ -116,6 +119,7 @@ def test_ctrl_c_detaches_stop_saves_and_the_same_command_resumes(head, workplace
         line = follower.stdout.readline()
         assert line, seen
         seen += line
+    time.sleep(2)  # a line comes every ten seconds: it waits for one
     follower.send_signal(signal.SIGINT)
     seen += follower.communicate(timeout=60)[0]
     assert follower.returncode == 130, seen
@@ -154,6 +158,13 @@ def test_a_job_that_no_node_has_room_for_says_so(head, workplace):
     follower.send_signal(signal.SIGINT)
     assert "detached" in follower.communicate()[0]
     assert follower.returncode == 130
+
+
+def test_workers_that_have_to_wait_for_a_place_say_so(head, workplace):
+    waits = ["cluster.workers=3", "cluster.start_timeout_seconds=5"]
+    output = submit(head, workplace, "many", *waits, code=4)
+    assert "room for 2 of 3 workers of CPU 1 each now; the training waits for it, 5 s" in output
+    assert "error: no place for 3 workers" in output
 
 
 def test_a_secret_that_the_cluster_lacks_ends_the_job(head, workplace):

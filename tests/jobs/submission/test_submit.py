@@ -69,7 +69,19 @@ def test_the_tracking_server_of_the_environment_goes_along(monkeypatch):
     assert "hunter2" not in str(caught.value)
 
 
-def dry(capsys, **fields) -> str:
+def test_a_tracking_file_of_this_folder_is_that_of_the_job(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    here = request("http://127.0.0.1:8265")
+    for stated in ("sqlite:///mlflow.db", f"sqlite:///{tmp_path}/mlflow.db"):
+        stating = ("data.corpus=gs://bucket/books", f"tracking.uri={stated}")
+        local = recipes.load("tiny", stating)
+        assert settled(local, "runs", here)[0].tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
+        with pytest.raises(UserError, match=f"tracking.uri: {tmp_path}/mlflow.db is on this"):
+            settled(local, "gs://bucket/runs", request())
+
+
+def dry(capsys, *, as_json: bool = False, **fields) -> str:
     submit_command(
         "tiny",
         ("data.corpus=gs://bucket/books", "tracking.uri=https://mlflow.example"),
@@ -78,8 +90,8 @@ def dry(capsys, **fields) -> str:
         name="tiny",
         detach=False,
         dry=True,
-        console=Console(),
-        as_json=False,
+        console=Console(quiet=as_json),
+        as_json=as_json,
     )
     return capsys.readouterr().out
 
@@ -98,6 +110,9 @@ def test_a_secret_is_passed_by_name_alone(monkeypatch, capsys, tmp_path):
     assert "HF_TOKEN to be set on the cluster" in shown
     assert "hunter2" not in shown
     assert "C.UTF-8" not in shown
+    fields = json.loads(dry(capsys, as_json=True, variables=("LANG",), secrets=("HF_TOKEN",)))
+    assert (fields["data"], fields["expects"]) == ({"gs://bucket/books": 1}, ["HF_TOKEN"])
+    assert "LANG" in fields["sets"]
 
 
 @pytest.mark.parametrize(
@@ -175,12 +190,15 @@ ZeroDivisionError: by zero
 
 
 def test_the_reason_of_a_failure_comes_first():
-    assert failure(LOG) == [
+    assert failure(LOG, 1) == [
         "ZeroDivisionError: by zero",
         "  in train_step (model/training.py:7)",
         "  in train (jobs/training/train.py:99)",
-        "  and 1 frames of libraries",
+        "  and 1 frame of libraries",
     ]
-    assert failure(LOG + "error: data.corpus: not found\n") == ["error: data.corpus: not found"]
-    assert failure("one\ntwo\n") == ["one", "two"]
-    assert failure("") == []
+    assert failure(LOG + "error: data.corpus: not found\n", 2) == ["error: data.corpus: not found"]
+    assert failure("one\ntwo\n", 1) == ["one", "two"]
+    assert failure("", 1) == []
+    [killed] = failure(LOG + "Killed\n", 137)
+    assert killed.startswith("killed by SIGKILL, perhaps since memory was short")
+    assert failure("one\n", ExitCode.INTERRUPTED) == ["one"]

@@ -120,6 +120,12 @@ def test_the_best_is_the_lowest_mean_with_its_confidence():
     assert lines[2] == "more      tvq compare y-s0 y-s1 x-s0 x-s1 --root runs"
 
 
+def test_two_seeds_are_no_verdict():
+    for seeds, expected in ((2, "a verdict takes 3 seeds"), (3, "more than chance")):
+        figures = {"x": [2.0, 2.1, 2.2][:seeds], "y": [1.5, 1.61, 1.69][:seeds]}
+        assert ranking_lines(ranked(trials(figures)), Path("runs"))[1].endswith(expected)
+
+
 def test_seeds_that_did_not_end_with_both_are_not_compared():
     found = ranked(trials({"x": [None, 1.5], "y": [2.0, None]}))
     [_, second, *_] = ranking_lines(found, Path("runs"))
