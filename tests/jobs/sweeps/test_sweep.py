@@ -122,7 +122,10 @@ def test_the_best_is_the_lowest_mean_with_its_confidence():
 
 def test_two_seeds_are_no_verdict():
     for seeds, expected in ((2, "a verdict takes 3 seeds"), (3, "more than chance")):
-        figures = {"x": [2.0, 2.1, 2.2][:seeds], "y": [1.5, 1.61, 1.69][:seeds]}
+        figures: dict[str, list[float | None]] = {
+            "x": [2.0, 2.1, 2.2][:seeds],
+            "y": [1.5, 1.61, 1.69][:seeds],
+        }
         assert ranking_lines(ranked(trials(figures)), Path("runs"))[1].endswith(expected)
 
 
