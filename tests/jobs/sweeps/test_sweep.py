@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_a_root_in_a_bucket_is_refused(workplace: Path, capsys):
     assert "is a folder of this machine" in capsys.readouterr().err
 
 
-def trials(figures: dict[str, list[float | None]]) -> list[Trial]:
+def trials(figures: Mapping[str, Sequence[float | None]]) -> list[Trial]:
     return [
         Trial(f"{name}-s{seed}", {"a.b": name}, seed, figure)
         for name, row in figures.items()
@@ -122,10 +123,7 @@ def test_the_best_is_the_lowest_mean_with_its_confidence():
 
 def test_two_seeds_are_no_verdict():
     for seeds, expected in ((2, "a verdict takes 3 seeds"), (3, "more than chance")):
-        figures: dict[str, list[float | None]] = {
-            "x": [2.0, 2.1, 2.2][:seeds],
-            "y": [1.5, 1.61, 1.69][:seeds],
-        }
+        figures = {"x": [2.0, 2.1, 2.2][:seeds], "y": [1.5, 1.61, 1.69][:seeds]}
         assert ranking_lines(ranked(trials(figures)), Path("runs"))[1].endswith(expected)
 
 
