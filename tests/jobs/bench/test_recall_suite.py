@@ -56,6 +56,7 @@ def test_answers_are_counted_by_distance(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.tracking
 def test_dense_attention_solves_it_and_a_window_does_not(tmp_path: Path, capsys):
     command = ["bench", "recall", "--output", str(tmp_path / "recall"), "--json"]
