@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from jobs.runs.lease import LeaseLostError
 from pipeline.errors import CorpusError
 from pipeline.storage import Store
 
@@ -55,12 +56,17 @@ class Ledger:
     """The writer of a run's ledger, on rank 0.
 
     Policy: a thread writes, so that no step waits for an object store. What it could not write is
-    logged, and ends no training. `close` waits for what is under way.
+    logged, and ends no training. `close` waits for what is under way. A group that may not write to
+    the run any more writes nothing here either: an account could be that of the group after it.
     """
 
-    def __init__(self, store: Store):
-        """`store` is the run directory's."""
-        self._store = store.child("ledger")
+    def __init__(self, store: Store, may: Callable[[], None] = lambda: None):
+        """
+        Args:
+            store: the run directory's.
+            may: raises `LeaseLostError` if this group may not write (`Fence.check`).
+        """
+        self._store, self._may = store.child("ledger"), may
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         accounts = _accounts(self._store)
         self.earlier = [_read(self._store, name) for name in accounts.values()]
@@ -90,8 +96,9 @@ class Ledger:
 
     def _write(self, name: str, text: str) -> None:
         try:
+            self._may()
             self._store.write(name, text.encode())
-        except CorpusError as error:
+        except (CorpusError, LeaseLostError) as error:
             log.warning("the ledger lacks %s: %s", name, error)
 
 

@@ -60,7 +60,8 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
     run_log.open_log(run.logs, f"rank-{jax.process_index()}")
     who = {"rank": jax.process_index(), "host": socket.gethostname(), "worker_pid": os.getpid()}
     run_log.event("group start", **who)
-    ledger = Ledger(run.store) if primary else None
+    fence = Fence(run, settings.lease_owner)
+    ledger = Ledger(run.store, fence.check) if primary else None
     goodput = Goodput(ledger, settings.lease_owner)
     use_compile_cache(recipe.cluster.compile_cache)
 
@@ -71,7 +72,6 @@ def train(settings: LoopSettings, notice: Notice = lambda: StopReason.NONE) -> O
     programs = Programs(recipe, mesh)
 
     # ---- State: sharded from the first moment, or the newest intact checkpoint ------------------
-    fence = Fence(run, settings.lease_owner)
     with failing_together(run.location):
         if primary:
             fence.raise_over_others()

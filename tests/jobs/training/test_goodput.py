@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.runs.lease import LeaseLostError
 from jobs.runs.ledger import Ledger, SkippedBatch, SkippedUpdate, skipped_batch
 from jobs.training.goodput import PHASES, Goodput
 from pipeline.storage import open_store
@@ -135,3 +136,18 @@ def test_a_ledger_that_cannot_be_written_ends_no_training(
     ledger.account({})
     ledger.close()
     assert "the ledger lacks goodput-00000001.json" in caplog.text
+
+
+def test_a_group_that_lost_the_run_leaves_the_account_of_the_next_alone(tmp_path: Path):
+    """Both began when there was none, so both would write the first."""
+
+    def lost() -> None:
+        raise LeaseLostError("run first: another driver has taken it over")
+
+    store = open_store(tmp_path)
+    sleeper, taker = Ledger(store, lost), Ledger(store)
+    taker.account({"seconds": 1})
+    taker.close()
+    sleeper.account({"seconds": 2})
+    sleeper.close()
+    assert Ledger(store).earlier == [{"seconds": 1}]
