@@ -39,27 +39,34 @@ def possible_changes(recipe: Recipe, made: "Plan") -> Iterator[dict[str, Any]]:
     by_batch = max(1, (needed or 2 * available) - whole)
     caches = min(_CACHES * parts.get("cache", 0), by_batch)
     now, all_rows = recipe.training.accumulate, recipe.training.batch_size
-    for batch, rows in _batches(all_rows, made.rows_per_device):
-        smaller = {"training.batch_size": batch} if batch < all_rows else {}
-        for accumulate in _divisors(rows) if smaller else range(now + 1, rows + 1):
-            if rows % accumulate or batch % accumulate:
-                continue
-            kept = (caches + (by_batch - caches) * now / accumulate) * batch / all_rows
-            most = accumulate == rows and not smaller  # asked for, before another training is
-            if most or state + kept <= _FILLED * available:
-                split = {"training.accumulate": accumulate} if accumulate != now else {}
-                yield {**changes, **smaller, **split}
-                if smaller:
-                    break
+
+    def may_fit(batch: int, accumulate: int) -> bool:
+        kept = (caches + (by_batch - caches) * now / accumulate) * batch / all_rows
+        return state + kept <= _FILLED * available
+
+    per_device = made.rows_per_device
+    for accumulate in _parts(all_rows, per_device):
+        # One row at a time is asked for in any case, before another training is.
+        if accumulate > now and (accumulate == per_device or may_fit(all_rows, accumulate)):
+            yield {**changes, "training.accumulate": accumulate}
+    for batch, rows in _smaller_batches(all_rows, per_device):
+        accumulate = next((n for n in _parts(batch, rows) if may_fit(batch, n)), None)
+        if accumulate is not None:
+            split = {"training.accumulate": accumulate} if accumulate != now else {}
+            yield {**changes, "training.batch_size": batch, **split}
 
 
-def _batches(rows: int, per_device: int) -> Iterator[tuple[int, int]]:
-    """The batch, then smaller ones that divide it, with the rows of a device, all whole."""
-    yield rows, per_device
+def _smaller_batches(rows: int, per_device: int) -> Iterator[tuple[int, int]]:
+    """Batches that divide the batch, with the rows of a device, all whole; the largest first."""
     devices = rows // per_device
     for batch in reversed(_divisors(rows)[:-1]):
         if rows == devices * per_device and batch % devices == 0:
             yield batch, batch // devices
+
+
+def _parts(batch: int, per_device: int) -> list[int]:
+    """Micro-batches that a batch can be split into, of which a device has so many rows."""
+    return [n for n in _divisors(per_device) if batch % n == 0]
 
 
 def _divisors(number: int) -> list[int]:
