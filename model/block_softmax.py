@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from model.products import table_moves, times_table
+from model.reductions import row_max
 from model.summary import Summary
 
 
@@ -208,11 +210,6 @@ def mix_transposed(
     )
 
 
-def row_max(scores: Float[Array, "B H Q W"]) -> Float[Array, "B H Q 1"]:
-    """Each row's largest score; finite for a row that attends nothing, so that it makes no NaN."""
-    return jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(scores.dtype).min)
-
-
 def flatten_rows(rows: Float[Array, "B H R L X"]) -> Float[Array, "B H Q X"]:
     """All rows on one axis, Q = R L: products of plain matrices, which XLA does not rearrange."""
     B, H, R, L, width = rows.shape
@@ -223,30 +220,6 @@ def split_rows(rows: Float[Array, "B H Q X"], n_heads: int) -> Float[Array, "B H
     """The rows by query head again."""
     B, H, Q, width = rows.shape
     return rows.reshape(B, H, n_heads, Q // n_heads, width)
-
-
-def times_table(
-    rows: Float[Array, "B H Q X"], table: Float[Array, "H X Y"]
-) -> Float[Array, "B H Q Y"]:
-    """Rows times a matrix that is the same for the whole batch.
-
-    With one head a product of two plain matrices: XLA's CPU compiler makes the transpose of a
-    block's scores otherwise, and copies it back (5% of a layer of `small`).
-    """
-    B, H, Q, X = rows.shape
-    if H == 1:
-        return (rows.reshape(B * Q, X) @ table[0]).reshape(B, 1, Q, -1)
-    return jnp.einsum("bhqx,hxy->bhqy", rows, table)
-
-
-def table_moves(
-    moves: Float[Array, "B H Q Y"], rows: Float[Array, "B H Q X"]
-) -> Float[Array, "H Y X"]:
-    """The gradient of such a matrix, transposed, from that of the products."""
-    B, H, Q, X = rows.shape
-    if H == 1:
-        return (moves.reshape(B * Q, -1).T @ rows.reshape(B * Q, X))[None]
-    return jnp.einsum("bhqy,bhqx->hyx", moves, rows)
 
 
 def weighted_sum(

@@ -29,14 +29,13 @@ from model.block_softmax import (
     flatten_rows,
     mix,
     mix_transposed,
-    row_max,
     same_document,
     split_rows,
-    table_moves,
-    times_table,
     unskew,
     weighted_sum,
 )
+from model.products import table_moves, times_table
+from model.reductions import row_max
 
 
 def attend_full(

@@ -12,6 +12,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from model.products import times_table
+from model.reductions import row_min
+
 SMALLEST_COUNT = 0.01
 """Counts are divided by at least this, so that a code nobody uses shrinks to zero in the end."""
 
@@ -104,7 +107,7 @@ def quantize(keys: Float[Array, "B H T K"], codewords: Float[Array, "H S K"]) ->
 
     Products are taken at the highest precision: a rounded one may flip a code.
     """
-    products = jnp.einsum("bhtk,hsk->bhts", keys, codewords, precision=lax.Precision.HIGHEST)
+    products = times_table(keys, codewords.mT, precision=lax.Precision.HIGHEST)
     distances = jnp.sum(codewords**2, axis=-1)[:, None, :] - 2 * products
     codes = first_smallest(lax.stop_gradient(distances))
     nearest = jax.vmap(lambda table, index: table[index], in_axes=(0, 1), out_axes=1)(
@@ -114,13 +117,13 @@ def quantize(keys: Float[Array, "B H T K"], codewords: Float[Array, "H S K"]) ->
 
 
 def first_smallest(distances: Float[Array, "B H T S"]) -> Int[Array, "B H T"]:
-    """int32 argmin over the codes, in two plain reductions: XLA's CPU compiler, which vectorises
-    those, takes ten times as long for its reduction of pairs (2% of a layer of `small`)."""
+    """int32 argmin over the codes, in two reductions: XLA's CPU compiler takes ten times as long
+    for its reduction of pairs (2% of a layer of `small`)."""
     n_codes = distances.shape[-1]
-    smallest = jnp.min(distances, axis=-1, keepdims=True)
     index = jnp.arange(n_codes, dtype=jnp.int32)
     # Where nothing equals it, as it is not a number, there is a code all the same.
-    return jnp.min(jnp.where(distances == smallest, index, n_codes - 1), axis=-1)
+    codes = jnp.where(distances == row_min(distances), index, n_codes - 1)
+    return row_min(codes)[..., 0]
 
 
 def code_statistics(
